@@ -1,0 +1,1 @@
+"""One file per command; a command parses, calls one library function and prints."""

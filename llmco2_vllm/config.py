@@ -1,0 +1,145 @@
+"""Settings of the carbon meter: one frozen object from flag, ``additional_config``, environment.
+
+Precedence, highest first: ``--carbon-config``, ``additional_config={"carbon": ...}``,
+``LLMCO2_*`` environment variables, defaults. An unknown key or an impossible value raises
+:class:`ConfigError` with one line that names the key and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+ENVIRONMENT_PREFIX = "LLMCO2_"
+ENABLE_VARIABLE = "LLMCO2_CARBON"
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key and what is allowed."""
+
+
+class Settings(BaseModel):
+    """All settings; every field can be given in each of the ways of the module docstring."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    zone: Annotated[str, Field(pattern=r"^[A-Z]{2,3}(-[A-Za-z0-9]+)*$")] | None = Field(
+        None, description="Grid zone the server stands in, as Electricity Maps names it: FR, US-CAL-CISO"
+    )
+    intensity: Annotated[float, Field(ge=0, le=3000)] | None = Field(
+        None,
+        description="Carbon intensity of the electricity in g CO2e/kWh, 0 to 3000; without it the world average",
+    )
+    pue: Annotated[float, Field(ge=1, le=5)] | None = Field(
+        None, description="Power usage effectiveness of the site, 1 to 5; without it 1.0 (the IT load alone)"
+    )
+    device: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Device of the catalog to use in place of the detected one: h100-sxm, cpu, ..."
+    )
+    node_overhead: Annotated[float, Field(ge=0, le=5)] | None = Field(
+        None,
+        description="Energy of the rest of the node as a fraction of device energy, 0 to 5; without it not counted",
+    )
+    predictor: Annotated[str, Field(min_length=1)] = Field(
+        "roofline", description="roofline, or the path of a predictor bundle"
+    )
+    samples: Path | None = Field(
+        None, description="Folder for metered samples; nothing is written while no meter is open"
+    )
+    meter: Literal["auto", "none"] = Field("auto", description="auto opens what works; none predicts only")
+    headers: bool = Field(False, description="Add x-carbon-* headers to responses that are not streamed")
+    switch: bool = Field(False, description="Let PUT /carbon/hook turn the hook off and on at run time")
+
+    @field_validator("samples")
+    @classmethod
+    def _writable_folder(cls, value: Path | None) -> Path | None:
+        if value is None:
+            return None
+        folder = value.expanduser()
+        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise ValueError(f"a folder that can be written ({nearest} is not one)")
+        return folder
+
+    @field_validator("predictor")
+    @classmethod
+    def _known_predictor(cls, value: str) -> str:
+        if value != "roofline" and not Path(value).expanduser().is_file():
+            raise ValueError("'roofline' or the path of a predictor bundle that exists")
+        return value
+
+
+def allowed(name: str) -> str:
+    """What a key may hold, in words, for error messages and help."""
+    return Settings.model_fields[name].description or ""
+
+
+def parse_settings(values: object, source: str) -> dict[str, Any]:
+    """Check ``values`` (a mapping, JSON text, True or None) from ``source`` and return its keys.
+
+    Raises ConfigError with one line.
+    """
+    if values is None or values is True:
+        return {}
+    if isinstance(values, str):
+        try:
+            values = json.loads(values)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{source}: not JSON ({error}); expected an object such as {{\"zone\": \"FR\"}}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: expected an object with keys {', '.join(Settings.model_fields)}, got {values!r}")
+    for key in values:
+        if key not in Settings.model_fields:
+            near = difflib.get_close_matches(str(key), Settings.model_fields, 1, 0.5)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ConfigError(f"{source}: unknown key {key!r}{hint}; allowed: {', '.join(Settings.model_fields)}")
+    return dict(values)
+
+
+def build_settings(*layers: tuple[str, Mapping[str, Any]]) -> Settings:
+    """Merge (source, values) layers, lowest precedence first, into checked Settings. Raises ConfigError."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source, values in layers:
+        for key, value in values.items():
+            merged[key], origin[key] = value, source
+    try:
+        return Settings(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        raise ConfigError(
+            f"{origin.get(key, 'settings')}: {key}={merged.get(key)!r} is not possible; allowed: {allowed(key)}"
+        ) from None
+
+
+def environment_settings(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Settings named by ``LLMCO2_<KEY>`` variables. Raises ConfigError on a name that is no key."""
+    found: dict[str, Any] = {}
+    for name, value in environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or name == ENABLE_VARIABLE:
+            continue
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+        if key not in Settings.model_fields:
+            names = ", ".join(ENVIRONMENT_PREFIX + k.upper() for k in Settings.model_fields)
+            raise ConfigError(f"environment: unknown variable {name}; allowed: {ENABLE_VARIABLE}, {names}")
+        found[key] = value
+    return found
+
+
+def enabled_by_environment(environ: Mapping[str, str]) -> bool:
+    """Whether ``LLMCO2_CARBON`` asks for the meter. Raises ConfigError on anything but a yes or a no."""
+    value = environ.get(ENABLE_VARIABLE, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise ConfigError(f"environment: {ENABLE_VARIABLE}={value!r} is not possible; allowed: 1 or 0")

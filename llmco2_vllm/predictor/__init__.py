@@ -1,0 +1,1 @@
+"""Serving a predictor: numpy only, no torch."""

@@ -1,0 +1,1 @@
+"""Ledger codec, annotation, request log and metrics; knows nothing of vLLM."""
