@@ -1,0 +1,138 @@
+"""Time our hook adds to each scheduler step, over vLLM's real scheduler classes.
+
+    python benchmarks/step_overhead.py [--requests 1 8 64 256 1024] [--steps 400] [--json]
+
+One scheduler with the hook runs steady decode, then mixed steps (8 prefills join and 8 requests
+leave each step). ``added`` is the time spent inside our four hooks in a step, taken around each of
+them with a clock whose own cost is subtracted; ``scheduler`` is schedule() plus
+update_from_output() without them. The hook is the product's: Roofline predictor, ledgers, outbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from time import perf_counter_ns
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llmco2_vllm.config import Settings
+from llmco2_vllm.vllm_plugin import register
+
+HOOKS = ("scheduled", "executed", "attach", "freed")
+
+
+class Stopwatch:
+    """Adds up the time spent inside the hook's entry points during one step."""
+
+    def __init__(self, hook: Any) -> None:
+        self.nanoseconds = 0
+        self.own = self._own_cost()
+        for name in HOOKS:
+            setattr(hook, name, self._timed(getattr(hook, name)))
+
+    def _timed(self, function: Any) -> Any:
+        def timed(*args: Any) -> None:
+            begin = perf_counter_ns()
+            function(*args)
+            self.nanoseconds += perf_counter_ns() - begin - self.own
+
+        return timed
+
+    @staticmethod
+    def _own_cost() -> int:
+        laps = []
+        for _ in range(2000):
+            begin = perf_counter_ns()
+            laps.append(perf_counter_ns() - begin)
+        return int(median(laps))
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def measure(folder: Path, requests: int, steps: int, mixed: int) -> dict[str, Any]:
+    """Run one scheduler and time its steps; ``mixed`` prompts of 128 tokens join each step."""
+    from tests.vllm_plugin import harness
+
+    config = harness.make_config(folder, Settings(), max_num_seqs=requests + 64, max_num_batched_tokens=32768)
+    scheduler = harness.make_scheduler(config, blocks=400_000)
+    engine = harness.Engine(scheduler)
+    for i in range(requests):
+        # In mixed runs the first to leave do so one batch of eight after the other.
+        length = 6000 if not mixed else 20 + (i // mixed)
+        scheduler.add_request(harness.make_request(f"r{i}", 64 + i % 64, max_tokens=length))
+    for _ in range(12):
+        engine.step()
+    watch = Stopwatch(scheduler.llmco2_hook)
+    added, plain = [], []
+    for step in range(steps):
+        for i in range(mixed):
+            lifetime = max(requests // mixed, 2)
+            scheduler.add_request(harness.make_request(f"s{step}-{i}", 128, max_tokens=lifetime))
+        watch.nanoseconds = 0
+        begin = perf_counter_ns()
+        output = scheduler.schedule()
+        middle = perf_counter_ns()
+        answer = engine._answer(output)
+        resumed = perf_counter_ns()
+        scheduler.update_from_output(output, answer)
+        total = middle - begin + perf_counter_ns() - resumed
+        added.append(watch.nanoseconds / 1e3)
+        plain.append((total - watch.nanoseconds) / 1e3)
+    return {
+        "kind": "mixed" if mixed else "steady",
+        "requests": requests,
+        "steps": steps,
+        "added_p50_us": round(median(added), 1),
+        "added_p99_us": round(percentile(added, 0.99), 1),
+        "scheduler_p50_us": round(median(plain), 1),
+        "ratio_p50": round(median(a / p for a, p in zip(added, plain, strict=True)), 3),
+        "failures": dict(scheduler.llmco2_hook.guard.failures),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    register()
+    from tests.vllm_plugin import harness
+
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = harness.model_folder(Path(name))
+        for requests in arguments.requests:
+            rows.append(measure(folder, requests, arguments.steps, mixed=0))
+            if requests >= 64:
+                rows.append(measure(folder, requests, arguments.steps, mixed=8))
+    steady = {row["requests"]: row["added_p50_us"] for row in rows if row["kind"] == "steady"}
+    low, high = min(steady), max(steady)
+    growth = (steady[high] - steady[low]) / (high - low) if high > low else 0.0
+    if arguments.json:
+        print(json.dumps({"rows": rows, "growth_us_per_request": round(growth, 4)}))
+        return
+    print(f"{'kind':8}{'running':>8}{'added p50':>12}{'added p99':>12}{'scheduler p50':>15}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row['kind']:8}{row['requests']:>8}{row['added_p50_us']:>10} us{row['added_p99_us']:>9} us"
+            f"{row['scheduler_p50_us']:>12} us{row['ratio_p50']:>8}"
+        )
+    print(f"growth in steady decode: {growth:.4f} us per running request")
+
+
+if __name__ == "__main__":
+    main()

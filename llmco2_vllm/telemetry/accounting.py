@@ -1,0 +1,41 @@
+"""How joules become grams on this server: intensity, PUE and node overhead, with where they come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+WORLD_AVERAGE_GRAMS_PER_KWH = 475.0
+"""World average of electricity, as CodeCarbon and Alumet use it (IEA, Global Energy & CO2 Status Report 2019,
+https://www.iea.org/reports/global-energy-co2-status-report-2019/emissions)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """Everything that turns predicted or measured joules into grams CO2e.
+
+    grams_per_kwh: average carbon intensity, g CO2e/kWh, location-based.
+    zone: grid zone as Electricity Maps names it, None when not stated.
+    source: where the intensity comes from.
+    estimated: the intensity is a stand-in, not stated for this site.
+    pue: power usage effectiveness; None when not set (then 1.0 is used: the IT load alone).
+    node_overhead_ratio: energy of the rest of the node per joule of device; None when not counted.
+    """
+
+    grams_per_kwh: float
+    zone: str | None
+    source: str
+    estimated: bool
+    pue: float | None = None
+    node_overhead_ratio: float | None = None
+    method: Literal["average"] = "average"
+    basis: Literal["location"] = "location"
+
+    @classmethod
+    def from_values(
+        cls, zone: str | None, intensity: float | None, pue: float | None, node_overhead: float | None
+    ) -> Accounting:
+        """Accounting of the settings of the same names; without an intensity the world average, marked estimated."""
+        if intensity is None:
+            return cls(WORLD_AVERAGE_GRAMS_PER_KWH, "WORLD", "default:world-average", True, pue, node_overhead)
+        return cls(intensity, zone, "settings", False, pue, node_overhead)

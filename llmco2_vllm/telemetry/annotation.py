@@ -1,0 +1,199 @@
+"""The ``carbon`` object of a response: its models, its JSON schema and how it is made from ledgers.
+
+``python -m llmco2_vllm.telemetry.annotation`` prints the JSON schema published beside the package's data.
+What is not known is left out: never null, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
+
+from llmco2_vllm.core.carbon import host_joules, operational_grams
+from llmco2_vllm.telemetry.accounting import Accounting
+from llmco2_vllm.telemetry.ledger import Ledger, RequestLedger, total
+
+SCHEMA: Final = "llmco2/1"
+METHOD: Final = "1.0"
+ATTRIBUTION: Final = "step-kernel/1"
+
+
+def _six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
+
+
+def _optional(description: str) -> Any:
+    return Field(None, description=description, json_schema_extra=_without_default)
+
+
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_six_digits)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
+
+
+class Estimate(_Part):
+    """Energy of the request as predicted before each of its steps ran."""
+
+    energy_joules: Number = Field(description="Device energy of both phases, J")
+    prefill_joules: Number = Field(description="Part of it spent on known tokens, J")
+    decode_joules: Number = Field(description="Part of it spent on sampled tokens, J")
+    host_joules: Number | SkipJsonSchema[None] = _optional("Rest of the node, J, on top of energy_joules")
+    lower: Number = Field(description="Lower end of the 90 % interval of energy_joules, J")
+    upper: Number = Field(description="Upper end of the 90 % interval of energy_joules, J")
+    when: Literal["before_execution"]
+
+
+class MeasuredEnergy(_Part):
+    """Energy of the request as metered."""
+
+    value: Number = Field(description="Device energy, J")
+    lower: Number = Field(description="Lower end of its interval, J")
+    upper: Number = Field(description="Upper end of its interval, J")
+    prefill: Number | SkipJsonSchema[None] = _optional("Part spent on known tokens, J")
+    decode: Number | SkipJsonSchema[None] = _optional("Part spent on sampled tokens, J")
+    idle_share: Number | SkipJsonSchema[None] = _optional("Share of idle energy, J, on top of value")
+    host: Number | SkipJsonSchema[None] = _optional("Rest of the node, J, on top of value")
+
+
+class CarbonGrams(_Part):
+    """Emissions of the request in g CO2e; the interval is that of the energy alone."""
+
+    operational: Number = Field(description="Electricity used, site overhead included when pue is given, g CO2e")
+    lower: Number = Field(description="At the lower end of the energy interval, g CO2e")
+    upper: Number = Field(description="At the upper end of the energy interval, g CO2e")
+
+
+class Intensity(_Part):
+    """Carbon intensity of the electricity."""
+
+    grams_per_kwh: Number = Field(description="g CO2e/kWh")
+    zone: str | SkipJsonSchema[None] = _optional("Grid zone as Electricity Maps names it; WORLD for the world average")
+    method: Literal["average"]
+    basis: Literal["location"]
+    source: str = Field(description="Where the value comes from")
+    estimated: bool = Field(description="The value is a stand-in, not one stated for this site")
+
+
+class Tokens(_Part):
+    """Tokens the figures cover."""
+
+    prefill: Count = Field(description="Computed tokens whose values were already known")
+    cached: Count = Field(description="Prompt tokens found in the prefix cache, not computed")
+    recomputed: Count = Field(description="Tokens computed again after a preemption, also in prefill")
+    decode: Count = Field(description="Sampled tokens and drafts computed")
+    rejected_drafts: Count | SkipJsonSchema[None] = _optional("Draft tokens computed and not accepted")
+
+
+class Annotation(_Part):
+    """Energy and carbon of one API call, all its engine requests together."""
+
+    schema_version: Literal["llmco2/1"] = Field(alias="schema", description="Version of this shape")
+    method: Literal["1.0"] = Field(description="Version of the attribution and accounting rules")
+    basis: Literal["predicted", "measured", "mixed"] = Field(description="What carbon_grams rests on")
+    attribution: Literal["step-kernel/1"] = Field(description="How the energy of a step is split over requests")
+    estimate: Estimate
+    energy_joules: MeasuredEnergy | SkipJsonSchema[None] = _optional("Metered energy; absent without a meter")
+    carbon_grams: CarbonGrams
+    intensity: Intensity
+    pue: Number | SkipJsonSchema[None] = _optional("Power usage effectiveness of the site; absent: the IT load alone")
+    tokens: Tokens
+    meter: str = Field(description="Meter in place, none without one")
+    meter_reason: str | SkipJsonSchema[None] = _optional("Why there is no meter")
+    coverage_ratio: Number | SkipJsonSchema[None] = _optional("Metered part of the request's steps, 0 to 1")
+    predictor: str = Field(description="Method and version of the predictor")
+    in_distribution: bool = Field(description="Every step was like those the predictor was calibrated on")
+
+    def json_text(self) -> str:
+        """Compact JSON on one line, unknown parts left out."""
+        return self.model_dump_json(exclude_none=True)
+
+    def document(self) -> dict[str, Any]:
+        """The same as a dict."""
+        return self.model_dump(exclude_none=True)
+
+
+def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annotation | None:
+    """The annotation of a call made of these engine requests; None when a part of their sum is not known.
+
+    The sum is known when there is a ledger and every ledger is complete and says how it came about.
+    """
+    sources = [ledger.provenance for ledger in ledgers if ledger.complete and ledger.provenance is not None]
+    if not sources or len(sources) != len(ledgers):
+        return None
+    ledger = total(item.ledger for item in ledgers)
+    document = {
+        "schema": SCHEMA,
+        "method": METHOD,
+        "basis": "predicted",
+        "attribution": ATTRIBUTION,
+        "estimate": _estimate(ledger, accounting),
+        "carbon_grams": _carbon_grams(ledger, accounting),
+        "intensity": {name: getattr(accounting, name) for name in Intensity.model_fields},
+        "pue": accounting.pue,
+        "tokens": _tokens(ledger),
+        "meter": _names(source.meter for source in sources),
+        "meter_reason": _names(source.meter_reason for source in sources) or None,
+        "predictor": _names(source.predictor for source in sources),
+        "in_distribution": ledger.in_distribution,
+    }
+    return Annotation.model_validate(document)
+
+
+def _estimate(ledger: Ledger, accounting: Accounting) -> dict[str, float | str | None]:
+    overhead = accounting.node_overhead_ratio
+    return {
+        "energy_joules": ledger.energy_joules,
+        "prefill_joules": ledger.prefill_joules,
+        "decode_joules": ledger.decode_joules,
+        "host_joules": None if overhead is None else host_joules(ledger.energy_joules, overhead),
+        "lower": ledger.lower_joules,
+        "upper": ledger.upper_joules,
+        "when": "before_execution",
+    }
+
+
+def _carbon_grams(ledger: Ledger, accounting: Accounting) -> dict[str, float]:
+    def grams(device_joules: float) -> float:
+        joules = device_joules + host_joules(device_joules, accounting.node_overhead_ratio or 0.0)
+        return operational_grams(joules, accounting.grams_per_kwh, 1.0 if accounting.pue is None else accounting.pue)
+
+    return {
+        "operational": grams(ledger.energy_joules),
+        "lower": grams(ledger.lower_joules),
+        "upper": grams(ledger.upper_joules),
+    }
+
+
+def _tokens(ledger: Ledger) -> dict[str, int | None]:
+    return {
+        "prefill": ledger.prefill_tokens,
+        "cached": ledger.cached_tokens,
+        "recomputed": ledger.recomputed_tokens,
+        "decode": ledger.decode_tokens,
+        "rejected_drafts": ledger.rejected_draft_tokens or None,
+    }
+
+
+def _names(names: Iterable[str]) -> str:
+    """Distinct names in order: engines of one server may differ while a predictor is being replaced."""
+    return ", ".join(dict.fromkeys(name for name in names if name))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of the annotation."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Annotation.model_json_schema()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=2))

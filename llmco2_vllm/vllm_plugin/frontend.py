@@ -1,0 +1,309 @@
+"""The front end: ledgers out of engine outputs, onto request outputs, responses and metrics.
+
+Lives in every process with an output processor: API servers, and the caller of ``LLM``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import llmco2_vllm
+from llmco2_vllm.config import Settings
+from llmco2_vllm.telemetry.accounting import Accounting
+from llmco2_vllm.telemetry.annotation import Annotation, annotate
+from llmco2_vllm.telemetry.ledger import KEY, Ledger, RequestLedger, total
+from llmco2_vllm.telemetry.requests import RequestLog
+from llmco2_vllm.vllm_plugin import compat
+from llmco2_vllm.vllm_plugin.guard import Guard
+
+logger = logging.getLogger("vllm.llmco2")
+
+PULL_SECONDS = 5.0
+SCRAPE_LIMIT_SECONDS = 0.25
+_ATTRIBUTE = "llmco2_ledgers"
+_CALL: ContextVar[list[RequestLedger] | None] = ContextVar("llmco2_call", default=None)
+
+
+class RequestCarbon(Mapping[str, Any]):
+    """``RequestOutput.carbon``: the annotation as a mapping, empty until the request has finished.
+
+    A live view: it sums the ledgers of all sequences of the request (n > 1) each time it is read.
+    """
+
+    def __init__(self, ledgers: Sequence[RequestLedger], accounting: Accounting) -> None:
+        self._ledgers = ledgers
+        self._accounting = accounting
+
+    @property
+    def ledger(self) -> Ledger:
+        """What the request has been charged so far, finished or not."""
+        return total(item.ledger for item in self._ledgers)
+
+    def _document(self) -> dict[str, Any]:
+        annotation = annotate(self._ledgers, self._accounting)
+        return {} if annotation is None else annotation.document()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._document()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._document())
+
+    def __len__(self) -> int:
+        return len(self._document())
+
+    def __repr__(self) -> str:
+        return f"RequestCarbon({self._document()!r})"
+
+
+class CarbonFrontEnd:
+    """Collaborator of the middleware and of the output-processor wrappers; one per process."""
+
+    def __init__(self, settings: Settings, model_name: str) -> None:
+        self.settings = settings
+        self.model_name = model_name
+        self.host_version = compat.host_version()
+        self.guard = Guard("front end", self.host_version)
+        self.accounting = Accounting.from_values(
+            settings.zone, settings.intensity, settings.pue, settings.node_overhead
+        )
+        self.log = RequestLog(_request_log_path())
+        self.self_check = compat.self_check()
+        self.engine_client: Callable[[], Any] = lambda: None
+        self._recorder: Any = None
+        self._pull: asyncio.Task[None] | None = None
+
+    # -- what the wrappers call -----------------------------------------------------------
+
+    def track(self, state: Any, parent: Any) -> None:
+        """Open the ledger of a request state; sequences of one request share their parent's list."""
+        ledger = RequestLedger(self.model_name)
+        state.llmco2_ledger = ledger
+        siblings: list[RequestLedger] = getattr(parent, _ATTRIBUTE, []) if parent is not None else []
+        siblings.append(ledger)
+        setattr(state if parent is None else parent, _ATTRIBUTE, siblings)
+        call = _CALL.get()
+        if call is not None:
+            call.append(ledger)
+
+    def receive(self, states: Mapping[str, Any], outputs: Sequence[Any]) -> list[tuple[str, RequestLedger]]:
+        """Take over the ledgers that came with ``outputs``; those requests' ids and ledgers."""
+        received = []
+        for output in outputs:
+            headers = output.trace_headers
+            if headers and KEY in headers and (state := states.get(output.request_id)) is not None:
+                ledger = getattr(state, "llmco2_ledger", None)
+                if ledger is not None:
+                    ledger.receive(headers[KEY])
+                    received.append((output.request_id, ledger))
+        return received
+
+    def settle(self, states: Mapping[str, Any], received: Sequence[tuple[str, RequestLedger]]) -> None:
+        """Mark the ledgers whose request has left, and count them."""
+        for request_id, ledger in received:
+            if request_id not in states:
+                # Ended here by a stop string: the engine sent its figures with this very output.
+                ledger.complete = ledger.finished = True
+                self.recorder.request_finished(ledger.ledger.engine, ledger.ledger.energy_joules)
+
+    def carbon_of(self, state: Any) -> RequestCarbon | None:
+        """The live view for a request's output, or None where no ledger was opened."""
+        owner = state if state.parent_req is None else state.parent_req
+        ledgers = getattr(owner, _ATTRIBUTE, None)
+        return RequestCarbon(ledgers, self.accounting) if ledgers else None
+
+    # -- what the middleware calls --------------------------------------------------------
+
+    def open_call(self) -> list[RequestLedger]:
+        """A fresh list that the engine requests of this HTTP call will be added to."""
+        call: list[RequestLedger] = []
+        _CALL.set(call)
+        return call
+
+    def describe(self, ledgers: Sequence[RequestLedger]) -> str | None:
+        """The annotation of a call as JSON text, or None where there is nothing to say."""
+        annotation: Annotation | None = annotate(ledgers, self.accounting)
+        return None if annotation is None else annotation.json_text()
+
+    def header_values(self, ledgers: Sequence[RequestLedger]) -> list[tuple[bytes, bytes]]:
+        """Response headers, none unless the setting ``headers`` is on."""
+        if not self.settings.headers or (annotation := annotate(ledgers, self.accounting)) is None:
+            return []
+        joules, grams = annotation.estimate.energy_joules, annotation.carbon_grams.operational
+        return [
+            (b"x-carbon-energy-joules", f"{joules:.6g}".encode()),
+            (b"x-carbon-gco2e", f"{grams:.6g}".encode()),
+        ]
+
+    def remember(self, response_id: str, annotation_json: str) -> None:
+        """Keep a finished request for ``GET /carbon/requests/{id}``."""
+        self.log.remember(response_id, annotation_json)
+
+    def find(self, response_id: str) -> str | None:
+        """The annotation of a finished request, or None."""
+        return self.log.find(response_id)
+
+    def failed(self, where: str, error: BaseException) -> None:
+        """A failure in the middleware: it concerns one response, so nothing is switched off."""
+        self.guard.failed(where, error, switch_off=False)
+
+    def started(self) -> None:
+        """Begin the periodic pull, once, where this process owns the engine-wide figures."""
+        if self._pull is None and (client := self.engine_client()) is not None and compat.client_index(client) == 0:
+            self._pull = asyncio.get_running_loop().create_task(self._pull_forever())
+
+    async def snapshots(self) -> list[dict[str, Any]]:
+        """The cumulative figures of every engine that has a hook."""
+        client = self.engine_client()
+        if client is None:
+            return []
+        answers = await compat.call_engines(client, "llmco2_snapshot")
+        return [snapshot for answer in answers if (snapshot := json.loads(answer))]
+
+    async def refresh_metrics(self) -> None:
+        """Pull now, before a scrape; given up after a moment, as the next pull brings the same."""
+        client = self.engine_client()
+        if client is not None and compat.client_index(client) == 0:
+            async with asyncio.timeout(SCRAPE_LIMIT_SECONDS):
+                await self._record()
+
+    async def switch(self, on: bool) -> dict[str, Any] | None:
+        """Turn the engines' hooks off or on; None where the setting ``switch`` does not allow it."""
+        client = self.engine_client()
+        if not self.settings.switch or client is None:
+            return None
+        return {"on": on, "engines": await compat.call_engines(client, "llmco2_switch", on)}
+
+    async def status(self) -> dict[str, Any]:
+        """``GET /carbon``: version, zone, meter, predictor, self-check, engines."""
+        engines = await self.snapshots()
+        first = engines[0]["provenance"] if engines else {}
+        return {
+            "version": llmco2_vllm.__version__,
+            "vllm_version": self.host_version,
+            "model": self.model_name,
+            "basis": "predicted",
+            **first,
+            "zone": self.settings.zone,
+            "intensity": self.accounting.intensity_document(),
+            "pue": self.settings.pue,
+            "node_overhead": self.settings.node_overhead,
+            "front_end": {"active": self.guard.active, "failures": dict(self.guard.failures)},
+            "self_check": self.self_check,
+            "engines": engines,
+        }
+
+    @property
+    def recorder(self) -> Any:
+        """The Prometheus recorder, made on first use: vLLM unregisters what is there before its own."""
+        if self._recorder is None:
+            from llmco2_vllm.telemetry.metrics import Identity, Recorder
+
+            self._recorder = Recorder(Identity(self.model_name, llmco2_vllm.__version__, self.host_version))
+        return self._recorder
+
+    async def _record(self) -> None:
+        accounting, recorder = self.accounting, self.recorder
+        recorder.intensity(accounting.grams_per_kwh, accounting.zone, accounting.source, accounting.method)
+        recorder.failures("front_end", self.guard.failures)
+        for snapshot in await self.snapshots():
+            recorder.engine(snapshot, accounting.operational_grams(1.0))
+
+    async def _pull_forever(self) -> None:
+        while True:
+            try:
+                await self._record()
+            except Exception as error:
+                self.failed("pull", error)
+            await asyncio.sleep(PULL_SECONDS)
+
+
+_front_end: CarbonFrontEnd | None = None
+
+
+def front_end() -> CarbonFrontEnd:
+    """This process's front end. Raises RuntimeError where none was enabled."""
+    if _front_end is None:
+        raise RuntimeError("the carbon meter is not enabled in this process")
+    return _front_end
+
+
+def enable(settings: Settings, vllm_config: Any) -> None:
+    """Make this process a front end and wrap the host's output path, once."""
+    global _front_end
+    names = vllm_config.model_config.served_model_name
+    _front_end = CarbonFrontEnd(settings, names if isinstance(names, str) else names[0])
+    compat.warn_missing(_front_end.self_check)
+    compat.wrap("async_llm", _async_llm_init)
+    compat.wrap("add_request", _add_request)
+    compat.wrap("process_outputs", _process_outputs)
+    compat.wrap("new_request_output", _new_request_output)
+
+
+def _request_log_path() -> str:
+    # Several API servers share one file, in the folder their metrics already share. Its name must
+    # not end in .db: prometheus_client reads every such file there.
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return ":memory:" if shared is None else str(Path(shared) / "llmco2-requests.sqlite")
+
+
+def _async_llm_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        if _front_end is not None:
+            _front_end.engine_client = weakref.ref(self)
+
+    return __init__
+
+
+def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        known = request.request_id in self.request_states
+        result = original(self, request, *args, **kwargs)
+        if _front_end is not None and not known:
+            state = self.request_states.get(request.request_id)
+            if state is not None:
+                _front_end.guard.call("add_request", _front_end.track, state, state.parent_req)
+        return result
+
+    return add_request
+
+
+def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        front = _front_end
+        if front is None or not front.guard.active:
+            return original(self, engine_core_outputs, *args, **kwargs)
+        received: list[tuple[str, RequestLedger]] = []
+        try:
+            # Before the original: generators may read the ledger right after it.
+            received = front.receive(self.request_states, engine_core_outputs)
+        except Exception as error:
+            front.guard.failed("receive", error)
+        result = original(self, engine_core_outputs, *args, **kwargs)
+        front.guard.call("settle", front.settle, self.request_states, received)
+        return result
+
+    return process_outputs
+
+
+def _new_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _new_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if _front_end is not None:
+            _front_end.guard.call("request_output", _attach_view, _front_end, self, output)
+        return output
+
+    return _new_request_output
+
+
+def _attach_view(front: CarbonFrontEnd, state: Any, output: Any) -> None:
+    output.carbon = front.carbon_of(state)

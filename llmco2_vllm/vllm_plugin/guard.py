@@ -1,0 +1,45 @@
+"""Fail open: an exception of ours is caught at the edge, logged once, counted, and switches the hook off."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+logger = logging.getLogger("vllm.llmco2")
+
+
+class Guard:
+    """Remembers failures of one side (engine or front end). ``active`` turns False at the first."""
+
+    def __init__(self, side: str, host_version: str) -> None:
+        self.side = side
+        self.active = True
+        self.failures: Counter[str] = Counter()
+        self._host_version = host_version
+
+    def failed(self, where: str, error: BaseException, switch_off: bool = True) -> None:
+        """Count a failure; log the first. Never raises."""
+        first = not self.failures
+        self.failures[where] += 1
+        if switch_off:
+            self.active = False
+        if first:
+            # No traceback object is kept: it would hold the frames, and with them requests.
+            logger.error(
+                "llmco2: %s failed in %s (%s: %s), vLLM %s; serving goes on%s",
+                self.side,
+                where,
+                type(error).__name__,
+                error,
+                self._host_version,
+                ", the carbon hook is switched off" if switch_off else "",
+            )
+
+    def call(self, where: str, function: Callable[..., object], *args: object) -> None:
+        """Run ``function(*args)`` if active; an exception switches the hook off and goes no further."""
+        if self.active:
+            try:
+                function(*args)
+            except Exception as error:
+                self.failed(where, error)

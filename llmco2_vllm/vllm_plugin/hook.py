@@ -1,0 +1,167 @@
+"""EngineHook: what happens at each scheduler step and at each turn of a request's life.
+
+Runs on the engine core's main thread, each entry behind a guard. Everything it does is arrays,
+and O(1) Python in steady decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+from llmco2_vllm.core.ledgers import LedgerRow
+from llmco2_vllm.monitor import StepMonitor
+from llmco2_vllm.telemetry.ledger import KEY, Ledger, Provenance, encode
+from llmco2_vllm.vllm_plugin.guard import Guard
+from llmco2_vllm.vllm_plugin.translate import StepReader
+
+# Running requests whose ledger is sent although nothing happened, per step. A client that hangs up
+# then leaves a recent figure behind; four keep the cost of a step independent of the batch.
+PERIODIC_LEDGERS = 4
+_ABORTED = ("FINISHED_ABORTED", "FINISHED_ERROR")
+
+
+class EngineHook:
+    """What the mixin calls. One per scheduler; holds the monitor, the reader and the outbox."""
+
+    def __init__(self, monitor: StepMonitor, provenance: Provenance, engine: int, guard: Guard) -> None:
+        self.monitor = monitor
+        self.provenance = provenance
+        self.engine = engine
+        self.guard = guard
+        self.reader = StepReader(monitor.table, self._joined)
+        self.hook_seconds = 0.0
+        self._unsent: set[str] = set()
+        self._every_output: set[str] = set()
+        self._parked: dict[str, LedgerRow] = {}
+        self._strangers: set[str] = set()
+        self._cursor = 0
+
+    # -- schedule() -----------------------------------------------------------------------
+
+    def scheduled(self, output: Any, scheduler: Any) -> None:
+        """Price and charge the step that ``schedule()`` returned."""
+        if not output.total_num_scheduled_tokens:
+            return
+        begin = perf_counter()
+        if self.reader.is_steady(output):
+            self.monitor.begin_steady(output)
+        else:
+            self._scheduled_mixed(output, scheduler.requests)
+        self.hook_seconds += perf_counter() - begin
+
+    def _scheduled_mixed(self, output: Any, requests: Mapping[str, Any]) -> None:
+        self.monitor.table.settle()
+        slots, slices = self.reader.read(output, requests)
+        self.monitor.begin(output, slots, slices, encoder_tokens=_encoder_inputs(output))
+        self.reader.expect_steady(output, slots, slices)
+
+    def _joined(self, request_id: str, request: Any) -> None:
+        if request_id in self._strangers:
+            return
+        self._unsent.add(request_id)
+        # The engine never learns of a stop string: the front end ends the request and aborts it here.
+        if getattr(getattr(request, "sampling_params", None), "stop", None):
+            self._every_output.add(request_id)
+
+    # -- update_from_output() -------------------------------------------------------------
+
+    def executed(self, output: Any) -> None:
+        """Close the step's window: its output has come back."""
+        if output.total_num_scheduled_tokens:
+            self.monitor.end(output)
+
+    def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
+        """Put the ledgers that are due into the outputs' trace headers."""
+        begin = perf_counter()
+        for outputs in (outputs_by_client or {}).values():
+            if outputs.outputs:
+                self._attach_due(outputs.outputs)
+                self._attach_periodic(outputs.outputs)
+        self._parked.clear()
+        self.hook_seconds += perf_counter() - begin
+
+    def _attach_due(self, outputs: Iterable[Any]) -> None:
+        if not (self._unsent or self._every_output or self._parked):
+            return
+        due = []
+        for output in outputs:
+            request_id = output.request_id
+            if (row := self._parked.get(request_id)) is not None:
+                self._send(output, row, final=True)
+            elif request_id in self._unsent or request_id in self._every_output:
+                due.append(output)
+        self._send_running(due)
+        self._unsent.difference_update(output.request_id for output in due)
+
+    def _attach_periodic(self, outputs: list[Any]) -> None:
+        cursor, size = self._cursor, len(outputs)
+        self._cursor = cursor + PERIODIC_LEDGERS
+        picked = {(cursor + i) % size for i in range(min(PERIODIC_LEDGERS, size))}
+        self._send_running([outputs[i] for i in picked if KEY not in (outputs[i].trace_headers or ())])
+
+    def _send_running(self, outputs: list[Any]) -> None:
+        slot_of = self.monitor.table.slot_of
+        ours = [o for o in outputs if o.request_id in slot_of and o.request_id not in self._strangers]
+        if ours:
+            rows = self.monitor.table.read([slot_of[o.request_id] for o in ours])
+            for output, row in zip(ours, rows, strict=True):
+                self._send(output, row, final=False)
+
+    def _send(self, output: Any, row: LedgerRow, final: bool) -> None:
+        prefill, decode, cached, recomputed, rejected, steps = row.counts
+        joules = [float(value) for value in row.joules]
+        ledger = Ledger(
+            self.engine, final, row.in_distribution, *joules, prefill, decode, cached, recomputed, rejected, steps
+        )
+        # A new dict: the request's own is shared with the tracing of the host.
+        output.trace_headers = {**(output.trace_headers or {}), KEY: encode(ledger, self.provenance)}
+
+    # -- the request's life ---------------------------------------------------------------
+
+    def freed(self, request: Any) -> None:
+        """The scheduler lets go of a request: finished, aborted or failed."""
+        request_id = request.request_id
+        aborted = request.status.name in _ABORTED
+        self.reader.leave_fast_path()
+        stopped_in_front_end = request_id in self._every_output
+        self._unsent.discard(request_id)
+        self._every_output.discard(request_id)
+        row = self.monitor.finish(request_id, aborted and not stopped_in_front_end)
+        if row is not None and request_id not in self._strangers:
+            self._parked[request_id] = row
+        self._strangers.discard(request_id)
+
+    def preempted(self, request: Any) -> None:
+        """The scheduler takes a running request's KV cache away; it will replay its tokens."""
+        self.reader.preempted(request.request_id)
+
+    def switch(self, on: bool, request_ids: Iterable[str]) -> None:
+        """Turn the hook off, or on again; requests under way at that moment stay without a figure."""
+        if on and not self.guard.active:
+            self.reader.leave_fast_path()
+            self.monitor.reset()
+            self._strangers = set(request_ids)
+            self._unsent.clear()
+            self._every_output.clear()
+            self._parked.clear()
+        self.guard.active = on
+
+    def snapshot(self) -> dict[str, Any]:
+        """Cumulative figures and identity, for the front end; plain JSON values."""
+        return {
+            "engine": self.engine,
+            "active": self.guard.active,
+            "provenance": self.provenance._asdict(),
+            "failures": dict(self.guard.failures),
+            "hook_seconds": self.hook_seconds,
+            "running_requests": len(self.monitor.table),
+            "open_tickets": self.monitor.open_tickets,
+            **asdict(self.monitor.totals),
+        }
+
+
+def _encoder_inputs(output: Any) -> int:
+    return sum(map(len, output.scheduled_encoder_inputs.values())) if output.scheduled_encoder_inputs else 0

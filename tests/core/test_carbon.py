@@ -1,0 +1,52 @@
+"""Carbon equations: published worked examples and the laws behind them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmco2_vllm.core.carbon import embodied_grams, host_joules, operational_grams, software_carbon_intensity
+
+joules = st.floats(0, 1e9)
+intensity = st.floats(0, 3000)
+pue = st.floats(1, 5)
+
+
+def test_a_thousand_joules_at_400_grams_and_a_pue_of_1_2_emit_0_1333_grams() -> None:
+    assert operational_grams(1000, 400, 1.2) == pytest.approx(0.13333, rel=1e-4)
+
+
+def test_one_kilowatt_hour_emits_the_intensity() -> None:
+    assert operational_grams(3.6e6, 475) == pytest.approx(475)
+
+
+def test_164_kilograms_over_three_years_are_6_24_grams_per_hour() -> None:
+    assert embodied_grams(164, 3600, 3 * 365 * 86400) == pytest.approx(6.24, rel=1e-3)
+
+
+def test_the_specification_example_of_1000_kilograms_over_four_years_is_28_5_grams_per_hour() -> None:
+    assert embodied_grams(1000, 3600, 4 * 365.25 * 86400) == pytest.approx(28.5, rel=2e-3)
+
+
+def test_6500_kilograms_over_50e9_tokens_are_130_kilograms_per_billion() -> None:
+    assert software_carbon_intensity(6500e3, 0, 50e9) * 1e9 == pytest.approx(130e3)
+
+
+@given(joules, joules, intensity, pue)
+def test_grams_add_up_over_energy(first: float, second: float, grams: float, site: float) -> None:
+    together = operational_grams(first + second, grams, site)
+    assert together == pytest.approx(operational_grams(first, grams, site) + operational_grams(second, grams, site))
+
+
+@given(joules, intensity, pue)
+def test_a_site_never_emits_less_than_its_it_load(energy: float, grams: float, site: float) -> None:
+    assert operational_grams(energy, grams, site) >= operational_grams(energy, grams)
+
+
+@given(joules)
+def test_no_overhead_adds_no_energy(energy: float) -> None:
+    assert host_joules(energy, 0) == 0
+
+
+@given(joules, st.floats(0, 5))
+def test_the_host_takes_its_ratio_of_the_device(energy: float, ratio: float) -> None:
+    assert energy + host_joules(energy, ratio) == pytest.approx(energy * (1 + ratio))

@@ -1,0 +1,306 @@
+"""The hook over vLLM's real scheduler classes: what is charged, to whom, in which phase."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from llmco2_vllm.telemetry.ledger import KEY, Ledger, decode
+from llmco2_vllm.testing import ConstantPredictor
+from tests.vllm_plugin.harness import EOS, Engine, make_request
+
+MakeEngine = Callable[..., Engine]
+
+
+def finals(engine: Engine) -> dict[str, Ledger]:
+    """The last ledger of each finished request, as the front end would read it."""
+    found = {}
+    for output in engine.outputs:
+        if output.finish_reason is not None:
+            found[output.request_id] = decode(output.trace_headers[KEY])[0]
+    return found
+
+
+def prefill_joules(tokens: int, context: int = 0, samples: int = 1) -> float:
+    rates = ConstantPredictor().prefill
+    pairs = tokens * context + tokens * (tokens + 1) // 2
+    return tokens * rates.per_token_joules + pairs * rates.per_pair_joules + samples * rates.per_sample_joules
+
+
+def decode_joules(tokens: int, context: int) -> float:
+    rates = ConstantPredictor().decode
+    pairs = sum(context + i + 1 for i in range(tokens))
+    return tokens * (rates.per_token_joules + rates.per_sample_joules) + pairs * rates.per_pair_joules
+
+
+def assert_conserved(engine: Engine) -> None:
+    """Every joule of every step is in the ledger of one request that ended."""
+    totals = engine.scheduler.llmco2_hook.monitor.totals
+    assert len(engine.scheduler.llmco2_hook.monitor.table) == 0
+    finished = sum(ledger.energy_joules for ledger in finals(engine).values())
+    assert finished + totals.aborted_joules == pytest.approx(totals.prefill_joules + totals.decode_joules, rel=1e-8)
+
+
+def test_a_request_pays_for_its_prompt_and_its_tokens(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.scheduler.add_request(make_request("a", 100, max_tokens=10))
+    engine.run()
+    ledger = finals(engine)["a"]
+    assert ledger.final
+    assert (ledger.prefill_tokens, ledger.decode_tokens, ledger.steps) == (100, 9, 10)
+    assert ledger.prefill_joules == pytest.approx(prefill_joules(100))
+    assert ledger.decode_joules == pytest.approx(decode_joules(9, 100))
+    assert ledger.lower_joules == pytest.approx(0.5 * ledger.energy_joules)
+    assert ledger.upper_joules == pytest.approx(2.0 * ledger.energy_joules)
+    assert_conserved(engine)
+
+
+def test_chunked_prefill_costs_the_sum_of_its_chunks_and_samples_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_batched_tokens=64, max_num_seqs=8)
+    engine.scheduler.add_request(make_request("a", 150, max_tokens=3))
+    engine.run()
+    ledger = finals(engine)["a"]
+    expected = prefill_joules(64, 0, 0) + prefill_joules(64, 64, 0) + prefill_joules(22, 128, 1)
+    assert (ledger.prefill_tokens, ledger.decode_tokens, ledger.steps) == (150, 2, 5)
+    assert ledger.prefill_joules == pytest.approx(expected)
+
+
+def test_a_mixed_step_is_priced_as_one_batch_and_split_by_phase(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.scheduler.add_request(make_request("a", 40, max_tokens=8))
+    engine.step()
+    engine.scheduler.add_request(make_request("b", 60, max_tokens=8))
+    engine.run()
+    ledgers = finals(engine)
+    assert ledgers["a"].decode_joules == pytest.approx(decode_joules(7, 40))
+    assert ledgers["b"].prefill_joules == pytest.approx(prefill_joules(60))
+    assert_conserved(engine)
+
+
+def test_cached_prompt_tokens_are_not_charged_as_computed(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompt = list(range(10, 611))
+    engine.scheduler.add_request(make_request("first", prompt, max_tokens=2))
+    engine.run()
+    engine.scheduler.add_request(make_request("again", prompt, max_tokens=2))
+    engine.run()
+    again = finals(engine)["again"]
+    assert again.cached_tokens == 592
+    assert again.prefill_tokens == 601 - 592
+    assert again.prefill_joules == pytest.approx(prefill_joules(9, 592))
+
+
+def test_a_preempted_request_pays_for_its_replay_and_says_so(make_engine: MakeEngine) -> None:
+    engine = make_engine(blocks=14, max_num_seqs=4)
+    for name in "ab":
+        engine.scheduler.add_request(make_request(name, 60, max_tokens=80))
+    engine.run()
+    ledgers = finals(engine)
+    preempted = [ledger for ledger in ledgers.values() if ledger.recomputed_tokens]
+    assert len(preempted) == 1
+    assert preempted[0].prefill_tokens == 60 + preempted[0].recomputed_tokens
+    assert preempted[0].decode_tokens == 79
+    assert_conserved(engine)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_energy_of_an_aborted_request_is_booked_as_aborted(make_engine: MakeEngine, depth: int) -> None:
+    from vllm.v1.request import RequestStatus
+
+    engine = make_engine(depth=depth)
+    engine.scheduler.add_request(make_request("stays", 30, max_tokens=12))
+    engine.scheduler.add_request(make_request("leaves", 30, max_tokens=500))
+    for _ in range(6):
+        engine.step()
+    engine.scheduler.finish_requests("leaves", RequestStatus.FINISHED_ABORTED)
+    engine.run()
+    totals = engine.scheduler.llmco2_hook.monitor.totals
+    assert totals.aborted_requests == 1
+    assert totals.aborted_joules > 0
+    assert set(finals(engine)) == {"stays"}
+    assert_conserved(engine)
+
+
+@pytest.mark.parametrize(("depth", "paid"), [(1, 4), (2, 5), (3, 6)])
+def test_an_end_of_sequence_under_async_scheduling_keeps_the_steps_it_caused(
+    make_engine: MakeEngine, depth: int, paid: int
+) -> None:
+    def sample(request: Any) -> list[int]:
+        return [EOS if request.num_computed_tokens >= 50 + 4 else 7]
+
+    engine = make_engine(depth=depth, sample=sample)
+    engine.scheduler.add_request(make_request("a", 50, max_tokens=100))
+    engine.run()
+    ledger = finals(engine)["a"]
+    assert ledger.decode_tokens == paid
+    assert ledger.decode_joules == pytest.approx(decode_joules(paid, 50))
+    assert_conserved(engine)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_stop_at_max_tokens_does_not_overshoot(make_engine: MakeEngine, depth: int) -> None:
+    engine = make_engine(depth=depth)
+    engine.scheduler.add_request(make_request("a", 50, max_tokens=9))
+    engine.run()
+    assert finals(engine)["a"].decode_tokens == 8
+
+
+def test_rejected_drafts_are_paid_for_and_reported(make_engine: MakeEngine) -> None:
+    engine = make_engine(
+        speculative={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    )
+    scheduler = engine.scheduler
+
+    def step_with_drafts() -> None:
+        for request in scheduler.running:
+            if request.num_computed_tokens >= request.num_prompt_tokens:
+                request.spec_token_ids = [5, 5, 5]
+        engine.step()
+
+    scheduler.add_request(make_request("a", 20, max_tokens=10))
+    engine.step()
+    while scheduler.has_requests():
+        step_with_drafts()
+    ledger = finals(engine)["a"]
+    # Nine steps of one token and three drafts, none accepted; the last steps have room for fewer drafts or none.
+    drafts = sum(len(s.scheduled_spec_decode_tokens.get("a", ())) for s in engine.steps)
+    assert drafts > 0
+    assert ledger.decode_tokens == 9 + drafts
+    assert 0 <= drafts - ledger.rejected_draft_tokens <= 3  # those of the last step are never taken back
+    assert_conserved(engine)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_fast_path_charges_what_the_full_path_charges(make_engine: MakeEngine, depth: int, seed: int) -> None:
+    def drive(full: bool) -> tuple[Engine, dict[str, Ledger]]:
+        rng = random.Random(seed)
+        engine = make_engine(depth=depth, blocks=70, max_num_seqs=12, max_num_batched_tokens=256)
+        hook = engine.scheduler.llmco2_hook
+        if full:
+            hook.reader.is_steady = lambda _output: False
+        for i in range(25):
+            engine.scheduler.add_request(make_request(f"r{i}", rng.randint(1, 120), max_tokens=rng.randint(1, 60)))
+            for _ in range(rng.randint(0, 12)):
+                if engine.scheduler.has_requests():
+                    engine.step()
+        engine.run()
+        assert_conserved(engine)
+        return engine, finals(engine)
+
+    fast_engine, fast = drive(full=False)
+    full_engine, full = drive(full=True)
+    assert fast.keys() == full.keys() and len(fast) == 25
+    for request_id, ledger in fast.items():
+        assert ledger == pytest.approx(full[request_id], rel=1e-8)
+    fast_totals = fast_engine.scheduler.llmco2_hook.monitor.totals
+    full_totals = full_engine.scheduler.llmco2_hook.monitor.totals
+    assert fast_totals.decode_joules == pytest.approx(full_totals.decode_joules, rel=1e-12)
+    assert fast_totals.recomputed_tokens == full_totals.recomputed_tokens
+
+
+def test_the_fast_path_is_taken_in_steady_decode(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    taken = []
+    hook = engine.scheduler.llmco2_hook
+    begin_steady = hook.monitor.begin_steady
+    hook.monitor.begin_steady = lambda key: taken.append(key) or begin_steady(key)
+    for i in range(8):
+        engine.scheduler.add_request(make_request(f"r{i}", 20, max_tokens=30))
+    engine.run()
+    assert len(taken) == 28  # thirty steps: one prefill, one decode that opens the run
+
+
+def test_every_token_computed_is_counted_once(make_engine: MakeEngine) -> None:
+    engine = make_engine(depth=2, blocks=60, max_num_batched_tokens=128, max_num_seqs=16)
+    for i in range(20):
+        engine.scheduler.add_request(make_request(f"r{i}", 30 + 7 * i, max_tokens=5 + i))
+    engine.run()
+    computed = sum(step.total_num_scheduled_tokens for step in engine.steps)
+    totals = engine.scheduler.llmco2_hook.monitor.totals
+    assert totals.prefill_tokens + totals.decode_tokens == computed
+    ledgers = finals(engine).values()
+    assert sum(ledger.prefill_tokens + ledger.decode_tokens for ledger in ledgers) == computed
+
+
+def test_steps_tile_busy_time_without_overlap(make_engine: MakeEngine) -> None:
+    engine = make_engine(depth=3)
+    monitor = engine.scheduler.llmco2_hook.monitor
+    windows = []
+    end = monitor.end
+    monitor.end = lambda key: windows.append(end(key)) or windows[-1]
+    for i in range(6):
+        engine.scheduler.add_request(make_request(f"r{i}", 40, max_tokens=15))
+    engine.run()
+    assert len(windows) == monitor.totals.steps
+    assert None not in windows and monitor.open_tickets == 0
+    for earlier, later in zip(windows, windows[1:], strict=False):
+        assert later.begin_seconds >= earlier.end_seconds
+    spent = sum(w.end_seconds - w.begin_seconds for w in windows)
+    assert monitor.totals.step_seconds == pytest.approx(spent)
+
+
+def test_a_request_with_stop_strings_carries_its_ledger_on_every_output(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.scheduler.add_request(make_request("a", 20, max_tokens=12, stop=["x"], detokenize=True))
+    engine.run()
+    assert all(KEY in (output.trace_headers or {}) for output in engine.outputs)
+
+
+def test_a_running_request_sends_its_ledger_first_last_and_now_and_then(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    for i in range(40):
+        engine.scheduler.add_request(make_request(f"r{i}", 20, max_tokens=50))
+    engine.run()
+    for i in range(40):
+        outputs = [o for o in engine.outputs if o.request_id == f"r{i}"]
+        with_ledger = [KEY in (o.trace_headers or {}) for o in outputs]
+        assert with_ledger[0] and with_ledger[-1]
+        assert 4 <= sum(with_ledger) <= 10
+        joules = [decode(o.trace_headers[KEY])[0].energy_joules for o in outputs if KEY in (o.trace_headers or {})]
+        assert joules == sorted(joules)
+
+
+def test_tracing_headers_of_the_host_survive_beside_ours(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    request = make_request("a", 20, max_tokens=3)
+    request.trace_headers = {"traceparent": "00-1-1-01"}
+    engine.scheduler.add_request(request)
+    engine.run()
+    assert engine.outputs[-1].trace_headers["traceparent"] == "00-1-1-01"
+    assert KEY in engine.outputs[-1].trace_headers
+    assert request.trace_headers == {"traceparent": "00-1-1-01"}
+
+
+def test_a_scheduler_of_the_users_own_gets_the_hook_too(make_engine: MakeEngine) -> None:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    steps = []
+
+    class Mine(Scheduler):
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            steps.append(self)
+            return super().schedule(*args, **kwargs)
+
+    engine = make_engine(base=Mine)
+    engine.scheduler.add_request(make_request("a", 20, max_tokens=3))
+    engine.run()
+    assert isinstance(engine.scheduler, Mine) and len(steps) == 3
+    assert finals(engine)["a"].prefill_tokens == 20
+
+
+def test_reset_of_the_prefix_cache_replays_running_requests(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.scheduler.add_request(make_request("a", 64, max_tokens=20))
+    for _ in range(5):
+        engine.step()
+    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.run()
+    ledger = finals(engine)["a"]
+    assert ledger.recomputed_tokens == 68
+    assert ledger.prefill_tokens == 64 + 68
+    assert ledger.decode_tokens == 19
+    assert_conserved(engine)
