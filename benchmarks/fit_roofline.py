@@ -57,10 +57,14 @@ ATTRIBUTION = (
     " Energy Measurement and Optimization, NeurIPS Datasets and Benchmarks 2025), Apache License 2.0; selected rows,"
     " columns renamed, derived columns added."
 )
-START = Coefficients(0.6, 0.7, 0.7, 0.7, 0.5, 2e-3, 2e-5, 2e-5, 5e-6, 0.15, 0.25, 0.4, 0.4)
-# Nothing decode-like reaches these ceilings, so the data cannot tell them from higher ones: kept below what
-# large matrix products and copies reach (an H200 reached 0.8 of its bf16 peak and 0.9 of its bandwidth, a whole prefill less).
-CEILING = {"compute_efficiency": 0.7, "bandwidth_efficiency": 0.9}
+START = Coefficients(0.6, 0.7, 0.7, 0.7, 0.5, 2e-3, 2e-5, 2e-5, 5e-6, 0.25, 0.4, 0.4)
+# Decode reaches neither ceiling, so these rows cannot tell them from higher ones. Bounds: a copy reached 0.9 of an
+# H200's bandwidth; large matrix products 0.8 of its bf16 peak, whole prefills of Llama2-70B on H100 x 8 0.3 to 0.55
+# in Splitwise (Patel et al., ISCA 2024, an engine of 2023).
+CEILING = {"compute_efficiency": 0.6, "bandwidth_efficiency": 0.9}
+# Regimes without labels. Prefill: Splitwise's Llama2-70B prefills took 1.0 to 2.1 x the time predicted at that ceiling.
+PREFILL = Interval(0.5, 2.5)
+CERTAIN = Interval(1.0, 1.0)
 STEPS = (4.0, 2.0, 1.4, 1.15, 1.05)
 
 
@@ -150,15 +154,16 @@ def architecture(row: Row) -> tuple[int, ...]:
     return row.model.layers, row.model.hidden, row.model.heads, row.model.experts
 
 
-def calibration(coefficients: Coefficients, decode: Interval = Interval(1.0, 1.0)) -> RooflineCalibration:
+def calibration(coefficients: Coefficients, decode: Interval = CERTAIN) -> RooflineCalibration:
     """A calibration around fitted coefficients; regimes without labels get declared, wider intervals."""
     low, high = decode
+    spread = Interval(min(low, PREFILL.lower_ratio) / 1.5, max(high, PREFILL.upper_ratio) * 1.5)
     gpu = KindCalibration(
         coefficients,
         calibrated_devices=tuple(DEVICES.values()),
         decode=decode,
-        prefill=Interval(low / 1.5, high * 1.5),
-        unknown=Interval(low / 2, high * 2),
+        prefill=Interval(min(low, PREFILL.lower_ratio), max(high, PREFILL.upper_ratio)),
+        unknown=spread,
     )
     return RooflineCalibration(VERSION, {"gpu": gpu, "cpu": CPU}, {})
 
@@ -166,7 +171,7 @@ def calibration(coefficients: Coefficients, decode: Interval = Interval(1.0, 1.0
 # Declared, not fitted: matrix products and copies of oneDNN reach about this share on server CPUs, the engine
 # spends milliseconds of Python per step, and all cores spin while it runs. The interval says how little this is.
 CPU = KindCalibration(
-    Coefficients(0.5, 0.8, 0.7, 0.7, 1.0, 2e-3, 5e-5, 5e-5, 0.0, 1.0, 1.0, 0.0, 0.0),
+    Coefficients(0.5, 0.8, 0.7, 0.7, 1.0, 2e-3, 5e-5, 5e-5, 0.0, 1.0, 0.0, 0.0),
     calibrated_devices=(),
     decode=Interval(0.33, 3.0),
     prefill=Interval(0.33, 3.0),
@@ -187,7 +192,8 @@ class Table:
             kinds += [kernel.kind for kernel in graph.kernels]
             owner += [index] * len(graph.kernels)
             collectives = sum(kernel.repeat for kernel in graph.kernels if kernel.kind is KernelKind.COLLECTIVE)
-            counts.append((1.0, row.model.layers, row.batch.decode.sequences + row.batch.prefill.sequences, collectives))
+            sequences = row.batch.decode.sequences + row.batch.prefill.sequences
+            counts.append((1.0, row.model.layers, sequences, collectives))
         self.compute, self.memory, self.network = np.hstack(work)
         self.kinds = np.array(kinds)
         self.owner = np.array(owner)
@@ -198,7 +204,8 @@ class Table:
 
     def sums(self, values: FloatArray) -> FloatArray:
         """Sums over the kernels of each row, shape (rows,)."""
-        return np.bincount(self.owner, values, len(self.counts))
+        totals: FloatArray = np.bincount(self.owner, values, len(self.counts)).astype(np.float64)
+        return totals
 
     def predict(self, c: Coefficients) -> FloatArray:
         """(step time in s, power of one GPU in W) of each row, shape (rows, 2): the predictor's own equations."""
@@ -208,10 +215,9 @@ class Table:
         memory = self.memory / (c.bandwidth_efficiency * factor)
         seconds = self.sums(np.maximum(np.maximum(compute, memory), self.network / c.link_efficiency))
         own = self.sums(c.compute_power_ratio * self.compute + c.memory_power_ratio * self.memory)
-        busy = np.maximum(seconds, own / max(1e-9, 1.0 - c.static_power_ratio))
-        waiting = self.counts @ np.array([getattr(c, name) for name in OVERHEADS])
-        ratio = (c.static_power_ratio * busy + c.waiting_power_ratio * waiting + own) / (busy + waiting)
-        return np.stack([busy + waiting, self.idle + self.span * ratio], axis=1)
+        seconds = seconds + self.counts @ np.array([getattr(c, name) for name in OVERHEADS])
+        duration = np.maximum(seconds, own / max(1e-9, 1.0 - c.static_power_ratio))
+        return np.stack([duration, self.idle + self.span * (c.static_power_ratio + own / duration)], axis=1)
 
     def loss(self, c: Coefficients) -> float:
         """Mean absolute log error of step time plus that of power."""

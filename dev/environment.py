@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -34,8 +33,6 @@ def pinned(name: str) -> str:
 
 def check_machine() -> None:
     """Stop with one line that says what is missing on this machine. Raises SystemExit."""
-    if sys.version_info < (3, 11):
-        raise SystemExit(f"make env: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
         package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
         raise SystemExit(f"make env: this Python cannot create virtual environments; run: apt install {package}")
@@ -109,7 +106,7 @@ def main() -> None:
     pip("--no-deps", "--no-build-isolation", "-e", ".")
     unfinished = STAMP.with_suffix(".new")
     unfinished.write_text(json.dumps(wanted, indent=2) + "\n")
-    os.replace(unfinished, STAMP)
+    unfinished.replace(STAMP)
     print(f"{VENV.name} is ready", flush=True)
 
 

@@ -12,18 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmco2_vllm.core.batch import BatchShape, RequestSlices
+from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
-from llmco2_vllm.core.ledgers import (
-    CACHED,
-    DECODE,
-    PREFILL,
-    RECOMPUTED,
-    REJECTED,
-    LedgerRow,
-    LedgerTable,
-    SlotArray,
-)
+from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
+
+# Growth of the total context after which a steady step is priced anew (docs/adr/0002).
+REPRICE_RATIO = 0.01
 
 
 class Ticket(NamedTuple):
@@ -67,27 +61,42 @@ class StepMonitor:
 
     def __init__(self, predictor: Predictor, clock: Callable[[], float] = time.monotonic) -> None:
         self.predictor = predictor
-        self.table = LedgerTable()
+        self.book = LedgerBook()
+        self._priced: Estimate | None = None
+        self._reprice_at = 0.0
         self.totals = EngineTotals()
         self._clock = clock
         self._tickets: deque[Ticket] = deque()
         self._last_done = float("-inf")
 
-    def begin(self, key: object, slots: SlotArray, slices: RequestSlices, encoder_tokens: int = 0) -> Ticket:
-        """Price a step before it runs and charge it to the requests at ``slots``; no run may be open."""
-        estimate = self.predictor.estimate(slices.shape(encoder_tokens))
-        self.table.charge(slots, slices, estimate)
-        return self._open(key, estimate, int(slices.prefill.sum()), int(slices.decode.sum()))
+    def begin(self, key: object, slices: list[RequestSlice], encoder_tokens: int = 0) -> Ticket:
+        """Price a step before it runs: one token for each decoding request, and ``slices``."""
+        shape = self.book.shape(slices, encoder_tokens)
+        estimate = self.predictor.estimate(shape)
+        for part in slices:
+            part.pay(estimate)
+        self.book.advance(estimate)
+        self._priced, self._reprice_at = None, 0.0
+        return self._open(key, estimate, shape.prefill.tokens, shape.decode.tokens)
 
     def begin_steady(self, key: object) -> Ticket:
-        """As :meth:`begin` for one more step of the open run; cost independent of the batch size."""
-        run = self.table.run
-        if run is None:
-            raise RuntimeError("no steady run is open")
-        shape = run.next_shape()
-        estimate = self.predictor.estimate(shape)
-        run.add(estimate)
-        return self._open(key, estimate, 0, shape.decode.tokens)
+        """As :meth:`begin` for a step of decoding requests alone, the same as in the step before.
+
+        The predictor is asked again once their total context has grown by ``REPRICE_RATIO``; in
+        between its rates hold, which is exact for every kernel whose bound does not change.
+        """
+        shape = self.book.shape([])
+        _, tokens, pairs, _, samples = shape.decode
+        estimate = self._priced
+        if estimate is None or pairs > self._reprice_at:
+            estimate = self._priced = self.predictor.estimate(shape)
+            self._reprice_at = pairs * (1.0 + REPRICE_RATIO)
+        else:
+            per_token, per_pair, per_sample = estimate.decode
+            joules = tokens * per_token + pairs * per_pair + samples * per_sample
+            estimate = Estimate(0.0, joules, *estimate[2:])
+        self.book.advance(estimate)
+        return self._open(key, estimate, 0, tokens)
 
     def _open(self, key: object, estimate: Estimate, prefill_tokens: int, decode_tokens: int) -> Ticket:
         totals = self.totals
@@ -107,7 +116,7 @@ class StepMonitor:
         Outputs come in the order the steps were scheduled; tickets that were passed over are lost.
         """
         tickets = self._tickets
-        if not any(ticket.key is key for ticket in tickets):
+        if not tickets or (tickets[0].key is not key and all(ticket.key is not key for ticket in tickets)):
             self.totals.lost_tickets += 1
             return None
         ticket = tickets.popleft()
@@ -120,25 +129,26 @@ class StepMonitor:
         self.totals.step_seconds += done - window.begin_seconds
         return window
 
-    def finish(self, request_id: str, aborted: bool) -> LedgerRow | None:
+    def finish(self, request_id: str, aborted: bool) -> RequestCharge | None:
         """Close a request's ledger and book it as finished or aborted."""
-        row = self.table.leave(request_id)
-        if row is None:
+        charge = self.book.leave(request_id)
+        if charge is None:
             return None
         totals = self.totals
-        totals.cached_tokens += row.counts[CACHED]
-        totals.recomputed_tokens += row.counts[RECOMPUTED]
-        totals.rejected_draft_tokens += row.counts[REJECTED]
+        totals.cached_tokens += charge.cached_tokens
+        totals.recomputed_tokens += charge.recomputed_tokens
+        totals.rejected_draft_tokens += charge.rejected_draft_tokens
         if aborted:
             totals.aborted_requests += 1
-            totals.aborted_joules += row.joules[PREFILL] + row.joules[DECODE]
+            totals.aborted_joules += charge.prefill_joules + charge.decode_joules
         else:
             totals.finished_requests += 1
-        return row
+        return charge
 
     def reset(self) -> None:
         """Forget open ledgers and tickets; the totals stay."""
-        self.table.clear()
+        self.book.clear()
+        self._priced = None
         self._tickets.clear()
 
     @property

@@ -36,7 +36,8 @@ _BF16_FLOPS_PER_CYCLE = {"amx_bf16": 1024.0, "avx512_bf16": 128.0}
 _INT8_FLOPS_PER_CYCLE = {"amx_int8": 2048.0, "avx512_vnni": 256.0, "avx_vnni": 128.0}
 # Used when neither /proc/cpuinfo nor the model name tells a frequency.
 _FALLBACK_FREQUENCY_HERTZ = giga(2.5)
-_COPY_BYTES = 128 * 1024 * 1024
+# Twice this is touched: more than the last-level cache a virtual machine usually sees, little enough to be quick.
+_COPY_BYTES = 64 * 1024 * 1024
 _COPY_REPEATS = 3
 # The order in which a dtype the device has no units for is computed instead.
 _COMPUTED_AS = {"fp8": "bf16", "int8": "bf16", "fp4": "fp8", "bf16": "fp16", "fp16": "fp32"}

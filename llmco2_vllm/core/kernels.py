@@ -120,7 +120,8 @@ class KernelGraph:
         window_prefill: tuple[float, float] = (0.0, 0.0)
         window_decode: tuple[float, float] = (0.0, 0.0)
         if self.window is not None:
-            window_prefill, window_decode = (windowed_reads(phase, self.window) for phase in (prefill, decode))
+            window_prefill = windowed_reads(prefill, self.window)
+            window_decode = windowed_reads(decode, self.window)
         return [
             1.0 if tokens else 0.0,
             tokens,
@@ -161,8 +162,8 @@ def windowed_reads(phase: PhaseShape, window: int) -> tuple[float, float]:
     A token sees at most ``window`` keys. Totals bound it from above: exact when the requests of the phase
     have alike contexts.
     """
-    pairs = min(phase.pairs, phase.tokens * window)
-    return pairs, min(phase.kv_tokens, phase.sequences * window + phase.tokens)
+    sequences, tokens, pairs, kv_tokens, _ = phase
+    return min(pairs, tokens * window), min(kv_tokens, sequences * window + tokens)
 
 
 def build_graph(model: ModelSpec, topology: Topology) -> KernelGraph:
@@ -247,7 +248,9 @@ def _attention_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
         activation_bytes={"tokens": 2 * (q + kv) * model.activation_bytes},
         kv_bytes={"tokens": 2 * kv * model.kv_bytes},
     )
-    attention = [_attention(phase, window, model, topology) for phase in ("prefill", "decode") for window in (False, True)]
+    attention = [
+        _attention(phase, window, model, topology) for phase in ("prefill", "decode") for window in (False, True)
+    ]
     return [
         _elementwise("input_norm", model.layers, model.hidden, model),
         _linear("qkv_projection", model.layers, model.hidden, q + 2 * kv, model),

@@ -1,226 +1,264 @@
-"""Ledgers of all running requests as NumPy columns: charging a step costs array operations only.
+"""Ledgers of all running requests: a step costs as much as what changed in it.
 
-Steady decode (the same requests, one token each) is not charged step by step. With
-``e_i = a + b * context_i`` for every request and contexts that grow by one a step, a run of
-such steps needs only sums of a and b (ARCHITECTURE decision 7); :meth:`LedgerTable.settle`
-turns the sums into joules per request when the batch changes, :meth:`LedgerTable.read`
-when a ledger is asked for.
+A request in steady decode (one token a step) is not charged step by step. Its share of step s is
+``a(s) + b(s) * context``, and its context grows by one a step, so it is enough to keep running
+sums of a, b and b * s for the whole engine and to note where each request entered them
+(ARCHITECTURE decision 7, docs/adr/0001). All other requests of a step, those in prefill or with
+drafts, are charged one by one. Plain Python numbers: at a few changes per step, the first call of
+an array operation costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from llmco2_vllm.core.batch import BatchShape, IntArray, PhaseShape, RequestSlices
+from llmco2_vllm.core.batch import EMPTY_PHASE, BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Estimate
 
-SlotArray = NDArray[np.intp]
-
-# Columns of LedgerTable.joules
-PREFILL, DECODE, LOWER, UPPER = range(4)
-# Columns of LedgerTable.counts
-PREFILL_TOKENS, DECODE_TOKENS, CACHED, RECOMPUTED, REJECTED, STEPS = range(6)
-_INITIAL_SLOTS = 256
-# A replay ends in the token sampled before the preemption, which is decode: no prompt is completed.
-_NEVER = np.iinfo(np.int64).max
+# The sums are begun anew after so many steps, or differences of large sums would lose digits.
+REBASE_STEPS = 1 << 16
+_NEVER = 1 << 62
 
 
-class LedgerRow(NamedTuple):
-    """One request's figures: joules (prefill, decode, lower, upper) and counts, in column order."""
+class DecodeSums(NamedTuple):
+    """Running sums over decode steps at one moment; fixed, slope, ramp = sums of a, b, b * step."""
 
-    joules: Sequence[float]
-    counts: Sequence[int]
-    in_distribution: bool
+    steps: int = 0
+    fixed: float = 0.0
+    slope: float = 0.0
+    ramp: float = 0.0
+    lower_fixed: float = 0.0
+    lower_slope: float = 0.0
+    lower_ramp: float = 0.0
+    upper_fixed: float = 0.0
+    upper_slope: float = 0.0
+    upper_ramp: float = 0.0
 
 
-class SteadyRun:
-    """Sums over consecutive decode steps of one unchanged set of requests, one token each."""
+class RequestCharge:
+    """What one running request has been charged. Joules are predicted.
 
-    __slots__ = ("context", "fixed", "in_distribution", "lower", "pairs", "per_context", "slots", "steps", "upper")
+    computed: tokens in the KV cache. known: tokens whose values are given, hence prefill.
+    samples_at: tokens after which a prefill step samples. high_water: most tokens ever computed
+    before a preemption. entered, offset: where it entered the running sums, and its context minus
+    their steps then; entered is None outside steady decode.
+    """
 
-    def __init__(self, slots: SlotArray, context: IntArray) -> None:
-        self.slots = slots
-        self.context = context
-        self.pairs = int(context.sum())
-        self.steps = 0
-        self.fixed = self.per_context = 0.0
-        self.lower = self.upper = (0.0, 0.0)
+    __slots__ = (
+        "cached_tokens",
+        "computed",
+        "decode_joules",
+        "decode_tokens",
+        "entered",
+        "high_water",
+        "in_distribution",
+        "known",
+        "lower_joules",
+        "offset",
+        "prefill_joules",
+        "prefill_tokens",
+        "recomputed_tokens",
+        "rejected_draft_tokens",
+        "samples_at",
+        "steps",
+        "upper_joules",
+    )
+
+    def __init__(self, cached: int, known: int, prompt_tokens: int) -> None:
+        self.prefill_joules = self.decode_joules = self.lower_joules = self.upper_joules = 0.0
+        self.prefill_tokens = self.decode_tokens = self.steps = 0
+        self.recomputed_tokens = self.rejected_draft_tokens = self.high_water = 0
+        self.cached_tokens = self.computed = cached
         self.in_distribution = True
+        self.known = known
+        # A replay ends in the token sampled before the preemption, which is decode: it completes no prompt.
+        self.samples_at = prompt_tokens if known <= prompt_tokens else _NEVER
+        self.entered: DecodeSums | None = None
+        self.offset = 0
 
-    def next_shape(self) -> BatchShape:
-        """Shape of the next step: every request computes one token on top of its context."""
-        n = len(self.slots)
-        pairs = self.pairs + n * (self.steps + 1)
-        return BatchShape(decode=PhaseShape(n, n, pairs, pairs, n))
+    def rewind(self, start: int, known: int) -> None:
+        """A preempted request comes back behind ``start`` tokens and replays what it had computed."""
+        self.high_water = max(self.high_water, self.computed)
+        self.computed, self.known = start, known
+        if known > self.samples_at:
+            self.samples_at = _NEVER
 
-    def add(self, estimate: Estimate) -> None:
-        """Charge one more step at the rates of ``estimate``."""
-        per_token, per_pair, per_sample = estimate.decode
-        self.steps += 1
-        fixed = per_token + per_sample + per_pair * self.steps
-        self.fixed += fixed
-        self.per_context += per_pair
-        lower, upper = estimate.lower_ratio, estimate.upper_ratio
-        self.lower = (self.lower[0] + lower * fixed, self.lower[1] + lower * per_pair)
-        self.upper = (self.upper[0] + upper * fixed, self.upper[1] + upper * per_pair)
-        if not estimate.in_distribution:
-            self.in_distribution = False
+    def reject(self, drafts: int) -> None:
+        """Take back rejected draft tokens: computed and paid for, but not in the KV cache."""
+        self.rejected_draft_tokens += drafts
+        self.computed -= drafts
 
-    def joules(self, context: IntArray) -> NDArray[np.float64]:
-        """(decode, lower, upper) joules of requests that began the run with ``context``, shape (n, 3)."""
-        fixed = np.array([self.fixed, self.lower[0], self.upper[0]])
-        slope = np.array([self.per_context, self.lower[1], self.upper[1]])
-        return fixed + np.multiply.outer(context, slope)
+    def slice(self, tokens: int) -> RequestSlice:
+        """Split the next ``tokens`` of this request into prefill and decode."""
+        prefill = min(max(self.known - self.computed, 0), tokens)
+        samples = prefill == tokens and self.computed + tokens >= self.samples_at
+        return RequestSlice(self, prefill, tokens - prefill, int(samples))
 
 
-class LedgerTable:
-    """A slot per running request. ``computed``: tokens in the KV cache; ``known``: tokens whose
-    values are given (see :class:`RequestSlices`); ``high_water``: most tokens ever computed."""
+class RequestSlice(NamedTuple):
+    """One request's part of a step that is not steady decode."""
+
+    charge: RequestCharge
+    prefill: int
+    decode: int
+    prefill_samples: int
+
+    @property
+    def prefill_pairs(self) -> int:
+        """(query, key) pairs of the prefill tokens."""
+        return self.prefill * self.charge.computed + self.prefill * (self.prefill + 1) // 2
+
+    @property
+    def decode_pairs(self) -> int:
+        """(query, key) pairs of the decode tokens, which follow the prefill tokens."""
+        return self.decode * (self.charge.computed + self.prefill) + self.decode * (self.decode + 1) // 2
+
+    def pay(self, estimate: Estimate) -> None:
+        """Charge this part of a step at the rates of its estimate, and advance the request."""
+        charge = self.charge
+        joules = 0.0
+        if self.prefill:
+            per_token, per_pair, per_sample = estimate.prefill
+            joules = self.prefill * per_token + self.prefill_pairs * per_pair + self.prefill_samples * per_sample
+            charge.prefill_joules += joules
+            charge.prefill_tokens += self.prefill
+        if self.decode:
+            per_token, per_pair, per_sample = estimate.decode
+            decode_joules = self.decode * (per_token + per_sample) + self.decode_pairs * per_pair
+            charge.decode_joules += decode_joules
+            charge.decode_tokens += self.decode
+            joules += decode_joules
+        charge.lower_joules += joules * estimate.lower_ratio
+        charge.upper_joules += joules * estimate.upper_ratio
+        end = charge.computed + self.prefill + self.decode
+        if charge.high_water > charge.computed:
+            charge.recomputed_tokens += min(end, charge.high_water) - charge.computed
+        charge.computed = end
+        charge.steps += 1
+        charge.in_distribution = charge.in_distribution and estimate.in_distribution
+
+
+class LedgerBook:
+    """All open ledgers. ``decoding`` are those in steady decode, charged through the running sums."""
 
     def __init__(self) -> None:
-        self.slot_of: dict[str, int] = {}
-        self._free: list[int] = []
-        self.joules = np.zeros((0, 4))
-        self.counts = np.zeros((0, 6), np.int64)
-        self.computed = np.zeros(0, np.int64)
-        self.known = np.zeros(0, np.int64)
-        self.samples_at = np.zeros(0, np.int64)
-        self.high_water = np.zeros(0, np.int64)
-        self.in_distribution = np.zeros(0, np.bool_)
-        self._in_run = np.zeros(0, np.bool_)
-        self.run: SteadyRun | None = None
-        self._grow(_INITIAL_SLOTS)
+        self.open: dict[str, RequestCharge] = {}
+        self.decoding: dict[str, RequestCharge] = {}
+        self._context = 0  # total over the decoding requests
+        self._now = DecodeSums()
+        self._outside_at = -1  # the last step whose estimate was out of distribution
 
-    def __len__(self) -> int:
-        return len(self.slot_of)
+    def join(self, request_id: str, cached: int, known: int, prompt_tokens: int) -> RequestCharge:
+        """Open a ledger for a request whose first step starts behind ``cached`` tokens."""
+        charge = self.open[request_id] = RequestCharge(cached, known, prompt_tokens)
+        return charge
+
+    def leave(self, request_id: str) -> RequestCharge | None:
+        """Close a ledger and return it with its last figures, or None if there was none."""
+        self.interrupt(request_id)
+        return self.open.pop(request_id, None)
+
+    def enter(self, request_id: str) -> None:
+        """From its next step on the request decodes one token a step."""
+        charge = self.open[request_id]
+        charge.entered = self._now
+        charge.offset = charge.computed - self._now.steps
+        self.decoding[request_id] = charge
+        self._context += charge.computed
+
+    def interrupt(self, request_id: str) -> None:
+        """The request is not in steady decode any more: settle what it owes."""
+        charge = self.decoding.pop(request_id, None)
+        if charge is not None:
+            self.settle(charge)
+            charge.entered = None
+            self._context -= charge.computed
+
+    def settle(self, charge: RequestCharge) -> None:
+        """Bring a decoding request's figures up to date; others are so already."""
+        begin, now = charge.entered, self._now
+        if begin is None or begin is now:
+            return
+        offset, steps = charge.offset, now.steps - begin.steps
+        charge.decode_joules += now.fixed - begin.fixed + offset * (now.slope - begin.slope) + now.ramp - begin.ramp
+        charge.lower_joules += (
+            now.lower_fixed - begin.lower_fixed
+            + offset * (now.lower_slope - begin.lower_slope)
+            + now.lower_ramp - begin.lower_ramp
+        )  # fmt: skip
+        charge.upper_joules += (
+            now.upper_fixed - begin.upper_fixed
+            + offset * (now.upper_slope - begin.upper_slope)
+            + now.upper_ramp - begin.upper_ramp
+        )  # fmt: skip
+        charge.decode_tokens += steps
+        charge.steps += steps
+        charge.computed += steps
+        charge.in_distribution = charge.in_distribution and self._outside_at <= begin.steps
+        charge.entered = now
+
+    def shape(self, slices: list[RequestSlice], encoder_tokens: int = 0) -> BatchShape:
+        """Totals of a step: one token for every decoding request, and ``slices``."""
+        count = len(self.decoding)
+        pairs = self._context + count
+        decode = PhaseShape(count, count, pairs, pairs, count)
+        if not slices:
+            return BatchShape(EMPTY_PHASE, decode, encoder_tokens)
+        sequences = tokens = prefill_pairs = kv_tokens = samples = 0
+        more_sequences = more_tokens = more_pairs = more_kv_tokens = 0
+        for item in slices:
+            charge, n_prefill, n_decode, sampled = item
+            if n_prefill:
+                sequences += 1
+                tokens += n_prefill
+                prefill_pairs += item.prefill_pairs
+                kv_tokens += charge.computed + n_prefill
+                samples += sampled
+            if n_decode:
+                more_sequences += 1
+                more_tokens += n_decode
+                more_pairs += item.decode_pairs
+                more_kv_tokens += charge.computed + n_prefill + n_decode
+        decode = PhaseShape(
+            count + more_sequences, count + more_tokens, pairs + more_pairs, pairs + more_kv_tokens, count + more_tokens
+        )
+        return BatchShape(PhaseShape(sequences, tokens, prefill_pairs, kv_tokens, samples), decode, encoder_tokens)
+
+    def advance(self, estimate: Estimate) -> None:
+        """Charge one token to every decoding request at the rates of ``estimate``."""
+        if not self.decoding:
+            return
+        now = self._now
+        per_token, per_pair, per_sample = estimate.decode
+        lower, upper = estimate.lower_ratio, estimate.upper_ratio
+        # The context of a request before this step is offset + now.steps; its token sees one more.
+        fixed, ramp = per_token + per_sample, per_pair * (now.steps + 1)
+        self._now = DecodeSums(
+            now.steps + 1,
+            now.fixed + fixed,
+            now.slope + per_pair,
+            now.ramp + ramp,
+            now.lower_fixed + lower * fixed,
+            now.lower_slope + lower * per_pair,
+            now.lower_ramp + lower * ramp,
+            now.upper_fixed + upper * fixed,
+            now.upper_slope + upper * per_pair,
+            now.upper_ramp + upper * ramp,
+        )
+        self._context += len(self.decoding)
+        if not estimate.in_distribution:
+            self._outside_at = self._now.steps
+        if self._now.steps >= REBASE_STEPS:
+            self._rebase()
+
+    def _rebase(self) -> None:
+        decoding = list(self.decoding)
+        for request_id in decoding:
+            self.interrupt(request_id)
+        self._now, self._outside_at = DecodeSums(), -1
+        for request_id in decoding:
+            self.enter(request_id)
 
     def clear(self) -> None:
         """Forget every ledger."""
-        self.settle()
-        for request_id in list(self.slot_of):
-            self.leave(request_id)
-
-    def _grow(self, slots: int) -> None:
-        old = len(self.computed)
-        for name in ("joules", "counts", "computed", "known", "samples_at", "high_water", "in_distribution", "_in_run"):
-            column = getattr(self, name)
-            extra = np.zeros((slots - old, *column.shape[1:]), column.dtype)
-            setattr(self, name, np.concatenate([column, extra]))
-        self._free.extend(range(slots - 1, old - 1, -1))
-
-    def join(self, request_id: str, cached: int, known: int, prompt_tokens: int) -> int:
-        """Open a ledger for a request whose first step starts behind ``cached`` tokens; its slot.
-
-        Only call it while no run is open: a run may still hold a slot that was freed.
-        """
-        if not self._free:
-            self._grow(2 * len(self.computed))
-        slot = self._free.pop()
-        self.slot_of[request_id] = slot
-        self.joules[slot] = 0.0
-        self.counts[slot] = 0
-        self.counts[slot, CACHED] = cached
-        self.computed[slot] = cached
-        self.known[slot] = known
-        self.samples_at[slot] = prompt_tokens if known <= prompt_tokens else _NEVER
-        self.high_water[slot] = 0
-        self.in_distribution[slot] = True
-        return slot
-
-    def leave(self, request_id: str) -> LedgerRow | None:
-        """Close a ledger and return its last figures, or None if there was none."""
-        slot = self.slot_of.pop(request_id, None)
-        if slot is None:
-            return None
-        row = self.read([slot])[0]
-        self._free.append(slot)
-        return row
-
-    def rewind(self, slot: int, start: int, known: int) -> None:
-        """A preempted request comes back behind ``start`` tokens and replays what it had computed."""
-        self.high_water[slot] = max(self.high_water[slot], self.computed[slot])
-        self.known[slot] = known
-        self.computed[slot] = start
-        if known > self.samples_at[slot]:
-            self.samples_at[slot] = _NEVER
-
-    def reject(self, slots: SlotArray, drafts: IntArray) -> None:
-        """Take back ``drafts`` (n,) rejected draft tokens: computed and paid for, not in the KV cache."""
-        self.counts[slots, REJECTED] += drafts
-        self.computed[slots] -= drafts
-
-    def slices(self, slots: SlotArray, start: IntArray, tokens: IntArray) -> RequestSlices:
-        """Split ``tokens`` (n,) computed from ``start`` (n,) into prefill and decode."""
-        prefill = np.clip(self.known[slots] - start, 0, tokens)
-        decode = tokens - prefill
-        samples = ((start + tokens >= self.samples_at[slots]) & (decode == 0) & (prefill > 0)).astype(np.int64)
-        return RequestSlices(start, prefill, decode, samples)
-
-    def charge(self, slots: SlotArray, slices: RequestSlices, estimate: Estimate) -> None:
-        """Split ``estimate`` over the requests at ``slots`` (n,), which must be distinct."""
-        prefill_rates, decode_rates = estimate.prefill, estimate.decode
-        decode = slices.decode * (decode_rates.per_token_joules + decode_rates.per_sample_joules)
-        decode += slices.decode_pairs * decode_rates.per_pair_joules
-        block = np.zeros((len(slots), 4))
-        block[:, DECODE] = decode
-        if estimate.prefill_joules:
-            prefill = slices.prefill * prefill_rates.per_token_joules
-            prefill += slices.prefill_pairs * prefill_rates.per_pair_joules
-            prefill += slices.prefill_samples * prefill_rates.per_sample_joules
-            block[:, PREFILL] = prefill
-            decode = decode + prefill
-        block[:, LOWER] = decode * estimate.lower_ratio
-        block[:, UPPER] = decode * estimate.upper_ratio
-        self.joules[slots] += block
-        end = slices.context + slices.prefill + slices.decode
-        counts = np.zeros((len(slots), 6), np.int64)
-        counts[:, PREFILL_TOKENS] = slices.prefill
-        counts[:, DECODE_TOKENS] = slices.decode
-        counts[:, RECOMPUTED] = np.maximum(np.minimum(end, self.high_water[slots]) - slices.context, 0)
-        counts[:, STEPS] = 1
-        self.counts[slots] += counts
-        self.computed[slots] = end
-        if not estimate.in_distribution:
-            self.in_distribution[slots] = False
-
-    def open_run(self, slots: SlotArray) -> None:
-        """Begin a steady run of the requests at ``slots``, all of which are decoding."""
-        self.run = SteadyRun(slots, self.computed[slots])
-        self._in_run[slots] = True
-
-    def settle(self) -> None:
-        """Close the open run: charge its sums to its requests."""
-        run, self.run = self.run, None
-        if run is None:
-            return
-        self._in_run[run.slots] = False
-        if run.steps == 0:
-            return
-        self.joules[run.slots, DECODE:] += run.joules(run.context)
-        self.counts[run.slots, DECODE_TOKENS] += run.steps
-        self.counts[run.slots, STEPS] += run.steps
-        self.computed[run.slots] += run.steps
-        if not run.in_distribution:
-            self.in_distribution[run.slots] = False
-
-    def read(self, slots: Sequence[int]) -> list[LedgerRow]:
-        """Figures of the requests at ``slots`` as of now, an open run included."""
-        index = np.array(slots, np.intp)
-        joules, counts = self.joules[index], self.counts[index]
-        in_distribution = self.in_distribution[index].tolist()
-        run = self.run
-        if run is not None and run.steps:
-            inside = self._in_run[index]  # waiting and preempted requests are outside
-            joules[inside, DECODE:] += run.joules(self.computed[index[inside]])
-            counts[inside, DECODE_TOKENS] += run.steps
-            counts[inside, STEPS] += run.steps
-            if not run.in_distribution:
-                in_distribution = [flag and not hit for flag, hit in zip(in_distribution, inside, strict=True)]
-        return [
-            LedgerRow(j, c, bool(d))
-            for j, c, d in zip(joules.tolist(), counts.tolist(), in_distribution, strict=True)
-        ]
+        self.__init__()  # type: ignore[misc]

@@ -30,8 +30,8 @@ class Coefficients:
     compute, bandwidth, link: of linear kernels. attention, expert: factors on both for those kernels.
     step, layer, sequence_overhead_seconds: host and launch time per step, per layer, per request in the step.
     collective_overhead_seconds: latency of one collective.
-    waiting, static, compute, memory_power_ratio: shares of (limit - idle) drawn on top of idle while the device
-    waits for the host within a step; while kernels run; at full use of the compute peak; of the bandwidth.
+    static, compute, memory_power_ratio: shares of (limit - idle) drawn on top of idle while a step runs; at full
+    use of the compute peak; at full use of the memory bandwidth.
     """
 
     compute_efficiency: float
@@ -43,7 +43,6 @@ class Coefficients:
     layer_overhead_seconds: float
     sequence_overhead_seconds: float
     collective_overhead_seconds: float
-    waiting_power_ratio: float
     static_power_ratio: float
     compute_power_ratio: float
     memory_power_ratio: float
@@ -117,6 +116,9 @@ def _get(mapping: Any, key: str, where: str) -> Any:
 def _kind(content: Any, where: str) -> KindCalibration:
     raw = _get(content, "coefficients", where)
     values = {item.name: _coefficient(raw, item.name, f"{where}.coefficients") for item in fields(Coefficients)}
+    use = values["compute_power_ratio"] + values["memory_power_ratio"]
+    if values["static_power_ratio"] > 1 or (values["static_power_ratio"] == 1 and use > 0):
+        raise ValueError(f"{where}.coefficients: static_power_ratio leaves no power for the work; expected less than 1")
     devices = _get(content, "calibrated_devices", where)
     if not isinstance(devices, list | tuple) or not all(isinstance(name, str) for name in devices):
         raise ValueError(f"{where}: calibrated_devices={devices!r} is not possible; expected a list of names")

@@ -1,8 +1,8 @@
 """RooflinePredictor: prices a step from first principles and a dozen fitted numbers.
 
 Time of a kernel is its Roofline time with achieved ceilings; the step adds host and launch overhead. Energy is
-time x power: while kernels run idle power, a static share, and shares in proportion to the use of the compute
-peak and of the memory bandwidth, never above the power limit; while the device waits for the host a smaller share.
+time x power: idle and a static share while the step runs, plus shares in proportion to the use of the compute
+peak and of the memory bandwidth, never above the power limit.
 Every term is linear in the batch or the largest of such terms, hence energy never falls when a batch grows and
 two batches together never take more than apart.
 """
@@ -41,7 +41,6 @@ class RooflinePredictor:
         coefficients = self._kind.coefficients
         span = device.power_limit_watts - device.idle_power_watts
         self._static_watts = device.idle_power_watts + coefficients.static_power_ratio * span
-        self._waiting_watts = device.idle_power_watts + coefficients.waiting_power_ratio * span
         self._headroom_watts = device.power_limit_watts - self._static_watts
         self._limit_watts = device.power_limit_watts
         self._ranks = float(topology.tensor_parallel)
@@ -56,31 +55,30 @@ class RooflinePredictor:
 
     def estimate(self, batch: BatchShape) -> Estimate:
         """Energy of all devices of the engine and duration of ``batch``; see the Predictor protocol."""
-        prefill, decode, encoder_tokens = batch
-        tokens = prefill.tokens + decode.tokens
-        if tokens <= 0:
+        prefill, decode, _ = batch
+        if prefill.tokens + decode.tokens <= 0:
             return _NOTHING
         work = self._work.dot(np.array(self.graph.drivers(batch))).reshape(4, -1)
         compute, memory, network, _ = work
         slowest(compute, memory, network, out=network)
         seconds, own = work[2:].dot(self._payers).tolist()
-        busy, own_joules = sum(seconds), sum(own)
-        overhead = self._step_overhead + self._sequence_overhead * (prefill.sequences + decode.sequences)
+        seconds[0] += self._step_overhead + self._sequence_overhead * (prefill.sequences + decode.sequences)
+        duration, own_joules = sum(seconds), sum(own)
         scale = self._ranks
         # At the power limit the clock gives way: the same work takes longer, at the limit.
-        if own_joules > self._headroom_watts * busy:
+        if own_joules > self._headroom_watts * duration:
             stretched = own_joules / self._headroom_watts
-            scale *= self._limit_watts * stretched / (self._static_watts * busy + own_joules)
-            busy = stretched
+            scale *= self._limit_watts * stretched / (self._static_watts * duration + own_joules)
+            duration = stretched
         static = scale * self._static_watts
         # In the order of Payer: tokens, prefill pairs, decode pairs, samples.
         joules = (
-            static * seconds[0] + scale * own[0] + self._ranks * self._waiting_watts * overhead,
+            static * seconds[0] + scale * own[0],
             static * seconds[1] + scale * own[1],
             static * seconds[2] + scale * own[2],
             static * seconds[3] + scale * own[3],
         )
-        return self._split(batch, joules, busy + overhead)
+        return self._split(batch, joules, duration)
 
     def _split(self, batch: BatchShape, joules: tuple[float, float, float, float], duration: float) -> Estimate:
         """Joules by payer as rates of the phases; the phase totals are rebuilt from the rates, so they agree."""
@@ -134,9 +132,7 @@ def overhead_seconds(graph: KernelGraph, coefficients: Coefficients) -> tuple[fl
     return step, coefficients.sequence_overhead_seconds
 
 
-def work_matrix(
-    graph: KernelGraph, model: ModelSpec, device: DeviceSpec, coefficients: Coefficients
-) -> FloatArray:
+def work_matrix(graph: KernelGraph, model: ModelSpec, device: DeviceSpec, coefficients: Coefficients) -> FloatArray:
     """Seconds of each kernel by compute, memory and network ceiling, then its joules of use, by driver.
 
     Shape (4 x kernels, drivers); repeats are included, one tensor-parallel rank.

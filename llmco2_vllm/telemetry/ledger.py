@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from llmco2_vllm.core.ledgers import RequestCharge
+
 KEY = "llmco2"
 WIRE_VERSION = "1"
 
@@ -50,15 +52,21 @@ class Ledger(NamedTuple):
         return self.prefill_joules + self.decode_joules
 
 
-def encode(ledger: Ledger, provenance: Provenance) -> str:
-    """The wire form: comma-separated, version first, joules with six significant digits or more."""
-    e = ledger
+class Origin(NamedTuple):
+    """Where a record comes from: index of the engine among data-parallel ranks, and its provenance."""
+
+    engine: int
+    provenance: Provenance
+
+
+def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool) -> str:
+    """The wire form: comma-separated, version first, joules with nine significant digits."""
+    e, p = charge, origin.provenance
     return (
-        f"{WIRE_VERSION},{e.engine},{e.final:d},{e.in_distribution:d},"
+        f"{WIRE_VERSION},{origin.engine},{final:d},{e.in_distribution:d},"
         f"{e.prefill_joules:.9g},{e.decode_joules:.9g},{e.lower_joules:.9g},{e.upper_joules:.9g},"
         f"{e.prefill_tokens},{e.decode_tokens},{e.cached_tokens},{e.recomputed_tokens},"
-        f"{e.rejected_draft_tokens},{e.steps},"
-        f"{provenance.predictor},{provenance.meter},{provenance.meter_reason}"
+        f"{e.rejected_draft_tokens},{e.steps},{p.predictor},{p.meter},{p.meter_reason}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from llmco2_vllm.assemble import Deployment, assemble
 from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.monitor import empty_batch_costs_nothing
-from llmco2_vllm.telemetry.ledger import Provenance
+from llmco2_vllm.telemetry.ledger import Origin, Provenance
 from llmco2_vllm.vllm_plugin import compat
 from llmco2_vllm.vllm_plugin.flags import ATTRIBUTE
 from llmco2_vllm.vllm_plugin.guard import Guard
@@ -27,7 +27,9 @@ def start_hook(vllm_config: Any) -> EngineHook | None:
         if not empty_batch_costs_nothing(meter.monitor.predictor):
             raise ValueError(f"predictor {meter.monitor.predictor.name} prices an empty step above zero")
         provenance = Provenance(meter.monitor.predictor.name, meter.meter, meter.meter_reason)
-        hook = EngineHook(meter.monitor, provenance, _engine_index(vllm_config), Guard("engine", version))
+        origin = Origin(_engine_index(vllm_config), provenance)
+        speculative = vllm_config.speculative_config is not None
+        hook = EngineHook(meter.monitor, origin, Guard("engine", version), speculative)
         compat.add_method("engine_core", "llmco2_snapshot", _snapshot)
         compat.add_method("engine_core", "llmco2_switch", _switch)
     except Exception as error:

@@ -11,31 +11,27 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
-from llmco2_vllm.core.ledgers import LedgerRow
+from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.monitor import StepMonitor
-from llmco2_vllm.telemetry.ledger import KEY, Ledger, Provenance, encode
+from llmco2_vllm.telemetry.ledger import KEY, Origin, encode
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.translate import StepReader
 
-# Running requests whose ledger is sent although nothing happened, per step. A client that hangs up
-# then leaves a recent figure behind; four keep the cost of a step independent of the batch.
-PERIODIC_LEDGERS = 4
 _ABORTED = ("FINISHED_ABORTED", "FINISHED_ERROR")
 
 
 class EngineHook:
     """What the mixin calls. One per scheduler; holds the monitor, the reader and the outbox."""
 
-    def __init__(self, monitor: StepMonitor, provenance: Provenance, engine: int, guard: Guard) -> None:
+    def __init__(self, monitor: StepMonitor, origin: Origin, guard: Guard, speculative: bool = False) -> None:
         self.monitor = monitor
-        self.provenance = provenance
-        self.engine = engine
+        self.origin = origin
         self.guard = guard
-        self.reader = StepReader(monitor.table, self._joined)
+        self.reader = StepReader(monitor.book, self._joined, speculative)
         self.hook_seconds = 0.0
         self._unsent: set[str] = set()
         self._every_output: set[str] = set()
-        self._parked: dict[str, LedgerRow] = {}
+        self._parked: dict[str, RequestCharge] = {}
         self._strangers: set[str] = set()
         self._cursor = 0
 
@@ -53,10 +49,9 @@ class EngineHook:
         self.hook_seconds += perf_counter() - begin
 
     def _scheduled_mixed(self, output: Any, requests: Mapping[str, Any]) -> None:
-        self.monitor.table.settle()
-        slots, slices = self.reader.read(output, requests)
-        self.monitor.begin(output, slots, slices, encoder_tokens=_encoder_inputs(output))
-        self.reader.expect_steady(output, slots, slices)
+        slices = self.reader.read(output, requests)
+        self.monitor.begin(output, slices, _encoder_inputs(output))
+        self.reader.settled(output, slices)
 
     def _joined(self, request_id: str, request: Any) -> None:
         if request_id in self._strangers:
@@ -74,7 +69,11 @@ class EngineHook:
             self.monitor.end(output)
 
     def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
-        """Put the ledgers that are due into the outputs' trace headers."""
+        """Put the ledgers that are due into the outputs' trace headers.
+
+        Due are the first and the last output of a request, every output of one with stop strings,
+        and one other per step and client in turn: a live figure at a cost independent of the batch.
+        """
         begin = perf_counter()
         for outputs in (outputs_by_client or {}).values():
             if outputs.outputs:
@@ -86,38 +85,30 @@ class EngineHook:
     def _attach_due(self, outputs: Iterable[Any]) -> None:
         if not (self._unsent or self._every_output or self._parked):
             return
-        due = []
         for output in outputs:
             request_id = output.request_id
             if (row := self._parked.get(request_id)) is not None:
                 self._send(output, row, final=True)
             elif request_id in self._unsent or request_id in self._every_output:
-                due.append(output)
-        self._send_running(due)
-        self._unsent.difference_update(output.request_id for output in due)
+                self._unsent.discard(request_id)
+                self._send_running(output)
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
-        cursor, size = self._cursor, len(outputs)
-        self._cursor = cursor + PERIODIC_LEDGERS
-        picked = {(cursor + i) % size for i in range(min(PERIODIC_LEDGERS, size))}
-        self._send_running([outputs[i] for i in picked if KEY not in (outputs[i].trace_headers or ())])
+        self._cursor += 1
+        output = outputs[self._cursor % len(outputs)]
+        if KEY not in (output.trace_headers or ()) and output.request_id not in self._strangers:
+            self._send_running(output)
 
-    def _send_running(self, outputs: list[Any]) -> None:
-        slot_of = self.monitor.table.slot_of
-        ours = [o for o in outputs if o.request_id in slot_of and o.request_id not in self._strangers]
-        if ours:
-            rows = self.monitor.table.read([slot_of[o.request_id] for o in ours])
-            for output, row in zip(ours, rows, strict=True):
-                self._send(output, row, final=False)
+    def _send_running(self, output: Any) -> None:
+        book = self.monitor.book
+        charge = book.open.get(output.request_id)
+        if charge is not None:
+            book.settle(charge)
+            self._send(output, charge, final=False)
 
-    def _send(self, output: Any, row: LedgerRow, final: bool) -> None:
-        prefill, decode, cached, recomputed, rejected, steps = row.counts
-        joules = [float(value) for value in row.joules]
-        ledger = Ledger(
-            self.engine, final, row.in_distribution, *joules, prefill, decode, cached, recomputed, rejected, steps
-        )
+    def _send(self, output: Any, charge: RequestCharge, final: bool) -> None:
         # A new dict: the request's own is shared with the tracing of the host.
-        output.trace_headers = {**(output.trace_headers or {}), KEY: encode(ledger, self.provenance)}
+        output.trace_headers = {**(output.trace_headers or {}), KEY: encode(charge, self.origin, final)}
 
     # -- the request's life ---------------------------------------------------------------
 
@@ -125,7 +116,7 @@ class EngineHook:
         """The scheduler lets go of a request: finished, aborted or failed."""
         request_id = request.request_id
         aborted = request.status.name in _ABORTED
-        self.reader.leave_fast_path()
+        self.reader.forget(request_id)
         stopped_in_front_end = request_id in self._every_output
         self._unsent.discard(request_id)
         self._every_output.discard(request_id)
@@ -152,12 +143,12 @@ class EngineHook:
     def snapshot(self) -> dict[str, Any]:
         """Cumulative figures and identity, for the front end; plain JSON values."""
         return {
-            "engine": self.engine,
+            "engine": self.origin.engine,
             "active": self.guard.active,
-            "provenance": self.provenance._asdict(),
+            "provenance": self.origin.provenance._asdict(),
             "failures": dict(self.guard.failures),
             "hook_seconds": self.hook_seconds,
-            "running_requests": len(self.monitor.table),
+            "running_requests": len(self.monitor.book.open),
             "open_tickets": self.monitor.open_tickets,
             **asdict(self.monitor.totals),
         }

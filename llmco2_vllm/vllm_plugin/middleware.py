@@ -234,7 +234,7 @@ class _Response:
         except Exception as error:
             self._splicer = None
             _report(self._front_end, "event stream", error)
-            pieces = [splicer.unsent, chunk] if splicer.unsent else [chunk]
+            pieces = [piece for piece in (splicer.unsent, chunk) if piece]
         if len(pieces) == 1 and pieces[0] is chunk:
             await self._send(message)
             return

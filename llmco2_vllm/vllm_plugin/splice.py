@@ -14,8 +14,8 @@ from pydantic_core import from_json
 
 KEY = "carbon"
 _MEMBER = b'"carbon":'
-# Atomic, so that a CRLF is one line end and never a CR followed by an empty line.
-_EVENT_END = re.compile(rb"(?>\r\n|\n|\r)(?:\r\n|\n|\r)")
+# Possessive, so that a CRLF is one line end and never a CR followed by an empty line.
+_EVENT_END = re.compile(rb"(?:\r\n?+|\n)(?:\r\n?|\n)")
 _LINE = re.compile(rb"[^\r\n]+")
 # A string with the colon that makes it a key, or a bracket.
 _TOKEN = re.compile(rb'("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[{}\[\]]', re.DOTALL)

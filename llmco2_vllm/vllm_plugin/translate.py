@@ -1,23 +1,17 @@
-"""From a host's SchedulerOutput and requests to slots and slices of the ledger table.
+"""From a host's SchedulerOutput and requests to the ledger book's slices.
 
 Only attributes that are the same in all supported versions are read: ``num_scheduled_tokens``,
-``total_num_scheduled_tokens``, ``scheduled_spec_decode_tokens``, ``scheduled_encoder_inputs`` of
-the output and ``num_computed_tokens``, ``num_tokens``, ``num_prompt_tokens`` of a request, which
-``schedule()`` has already advanced when we look.
+``scheduled_spec_decode_tokens`` and ``scheduled_encoder_inputs`` of the output and
+``num_computed_tokens``, ``num_tokens``, ``num_prompt_tokens`` of a request, which ``schedule()``
+has already advanced when we look.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
-from llmco2_vllm.core.batch import IntArray, RequestSlices
-from llmco2_vllm.core.ledgers import LedgerTable, SlotArray
-
-_computed_tokens = attrgetter("num_computed_tokens")
+from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 
 
 def known_tokens(request: Any) -> int:
@@ -26,89 +20,93 @@ def known_tokens(request: Any) -> int:
 
 
 class StepReader:
-    """Reads steps into a :class:`LedgerTable` and knows when the next one can take the fast path."""
+    """Reads steps into a :class:`LedgerBook` and knows when the next one can take the fast path.
 
-    def __init__(self, table: LedgerTable, on_join: Callable[[str, Any], None] = lambda _id, _request: None) -> None:
-        self.table = table
+    speculative: the deployment may draft tokens. Drafts are taken back after later steps were
+    scheduled, so no request is then ever trusted to be in steady decode.
+    """
+
+    def __init__(self, book: LedgerBook, on_join: Callable[[str, Any], None], speculative: bool = False) -> None:
+        self.book = book
         self._on_join = on_join
-        self._on_batch: Mapping[str, int] | None = None
+        self._speculative = speculative
+        self._steady: Mapping[str, int] | None = None
         self._preempted: set[str] = set()
-        self._drafts_seen = False
 
     def is_steady(self, output: Any) -> bool:
-        """Whether the step repeats the open run: the same requests, one decode token each.
+        """Whether the step repeats the last one: the same requests, one decode token each.
 
         Dict equality is checked in C, and is quick because keys are identical objects.
         """
-        scheduled = output.num_scheduled_tokens
         return (
-            self._on_batch is not None
+            self._steady is not None
+            and output.num_scheduled_tokens == self._steady
             and not output.scheduled_spec_decode_tokens
             and not output.scheduled_encoder_inputs
-            and scheduled == self._on_batch
         )
 
     def leave_fast_path(self) -> None:
-        """A request was preempted, freed or reset: the next step is read in full."""
-        self._on_batch = None
+        """A request was freed or reset: the next step is read in full."""
+        self._steady = None
 
     def preempted(self, request_id: str) -> None:
         """The request gave up its KV cache and will replay its tokens."""
         self._preempted.add(request_id)
-        self._on_batch = None
+        self._steady = None
+        self.book.interrupt(request_id)
 
-    def read(self, output: Any, requests: Mapping[str, Any]) -> tuple[SlotArray, RequestSlices]:
-        """Slots and slices of the step, in the order of ``num_scheduled_tokens``.
-
-        Ledgers are opened for requests seen for the first time. The table must have no open run.
-        """
-        table = self.table
-        scheduled: dict[str, int] = output.num_scheduled_tokens
-        size = len(scheduled)
-        rows = list(map(requests.__getitem__, scheduled))
-        tokens = np.fromiter(scheduled.values(), np.int64, size)
-        start = np.fromiter(map(_computed_tokens, rows), np.int64, size) - tokens
-        if fresh := scheduled.keys() - table.slot_of.keys():
-            for position, (request_id, request) in enumerate(zip(scheduled, rows, strict=True)):
-                if request_id in fresh:
-                    self._join(request_id, request, int(start[position]))
-        slots = np.fromiter(map(table.slot_of.__getitem__, scheduled), np.intp, size)
-        moved = table.computed[slots] - start
-        if moved.any() or self._preempted:
-            self._correct(scheduled, rows, slots, moved)
-        slices = table.slices(slots, start, tokens)
-        if (several := np.flatnonzero(slices.decode > 1)).size:
-            # Drafts, or a session that got a further prompt: only the request knows.
-            table.known[slots[several]] = [known_tokens(rows[position]) for position in several]
-            slices = table.slices(slots, start, tokens)
-        self._drafts_seen |= bool(output.scheduled_spec_decode_tokens)
-        return slots, slices
-
-    def expect_steady(self, output: Any, slots: SlotArray, slices: RequestSlices) -> None:
-        """After the step was charged: open a run if the next step may repeat it."""
-        one_each = output.total_num_scheduled_tokens == len(slots) and not output.scheduled_spec_decode_tokens
-        if one_each and not self._preempted and int(slices.decode.sum()) == len(slots):
-            self.table.open_run(slots)
-            self._on_batch = output.num_scheduled_tokens
-        else:
-            self._on_batch = None
-
-    def _join(self, request_id: str, request: Any, start: int) -> None:
+    def forget(self, request_id: str) -> None:
+        """The request is gone for good."""
         self._preempted.discard(request_id)
-        self.table.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
-        self._on_join(request_id, request)
+        self._steady = None
 
-    def _correct(
-        self, scheduled: Mapping[str, int], rows: list[Any], slots: SlotArray, moved: IntArray
-    ) -> None:
-        """The scheduler moved some requests back (rejected drafts, preemption) or forward (remote KV)."""
-        table = self.table
-        rejected = moved > 0 if self._drafts_seen else np.zeros(len(slots), np.bool_)
-        for position, request_id in enumerate(scheduled):
-            if request_id in self._preempted or (moved[position] and not rejected[position]):
-                self._preempted.discard(request_id)
-                rejected[position] = False
-                start = int(table.computed[slots[position]] - moved[position])
-                table.rewind(int(slots[position]), start, known_tokens(rows[position]))
-        if rejected.any():
-            table.reject(slots[rejected], moved[rejected])
+    def read(self, output: Any, requests: Mapping[str, Any]) -> list[RequestSlice]:
+        """What the step computes besides one token for each of ``book.decoding``.
+
+        Ledgers are opened for requests seen for the first time.
+        """
+        scheduled: Mapping[str, int] = output.num_scheduled_tokens
+        book = self.book
+        decoding = book.decoding
+        others = [item for item in scheduled.items() if item[1] != 1 or item[0] not in decoding]
+        if len(scheduled) - len(others) != len(decoding):
+            for request_id in [r for r in decoding if scheduled.get(r) != 1]:
+                book.interrupt(request_id)
+        self._steady = None if others else scheduled
+        return [self._slice(request_id, tokens, requests[request_id]) for request_id, tokens in others]
+
+    def settled(self, output: Any, slices: list[RequestSlice]) -> None:
+        """After the step was charged: requests that decode one token a step from now on enter the sums."""
+        if self._speculative or output.scheduled_spec_decode_tokens:
+            return
+        book, scheduled = self.book, output.num_scheduled_tokens
+        if not slices:
+            return
+        decoding = book.decoding
+        for (request_id, charge) in [(r, book.open[r]) for r in scheduled if r not in decoding]:
+            if charge.computed >= charge.known and request_id not in self._preempted:
+                book.enter(request_id)
+
+    def _slice(self, request_id: str, tokens: int, request: Any) -> RequestSlice:
+        start = int(request.num_computed_tokens) - tokens
+        charge = self.book.open.get(request_id)
+        if charge is None:
+            self._preempted.discard(request_id)
+            charge = self.book.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
+            self._on_join(request_id, request)
+        elif charge.computed != start or request_id in self._preempted:
+            self._correct(request_id, charge, start, request)
+        part = charge.slice(tokens)
+        if part.decode > 1:
+            # Drafts, or a session that got a further prompt: only the request knows.
+            charge.known = known_tokens(request)
+            part = charge.slice(tokens)
+        return part
+
+    def _correct(self, request_id: str, charge: RequestCharge, start: int, request: Any) -> None:
+        """The scheduler moved the request back (preemption, rejected drafts) or forward (remote KV)."""
+        if self._speculative and request_id not in self._preempted and charge.computed > start:
+            charge.reject(charge.computed - start)
+        else:
+            self._preempted.discard(request_id)
+            charge.rewind(start, known_tokens(request))

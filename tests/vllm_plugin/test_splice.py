@@ -34,7 +34,7 @@ from tests.vllm_plugin.asgi import (
 )
 
 VALUE = json.loads(CARBON)
-# Figures over some 14 000 bodies and streams; no deadline, because no law here depends on time.
+# More than 10 000 bodies and streams in all; no deadline, because no law here depends on time.
 quick = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.filter_too_much]}
 
 texts = st.sampled_from(["", "a", "}", '"', '\\"}', "é", "😀\n\r", '"usage":{}', "data: x", "\\", "[DONE]"]) | st.text(
@@ -42,10 +42,10 @@ texts = st.sampled_from(["", "a", "}", '"', '\\"}', "é", "😀\n\r", '"usage":{
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=5
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3), max_leaves=3
 )
 keys = st.sampled_from(["id", "object", "usage", "choices", "response", "message", "Carbon"]) | texts
-members = st.dictionaries(keys, values, max_size=4)
+members = st.dictionaries(keys, values, max_size=3)
 styles = st.sampled_from(
     [
         {"separators": (",", ":"), "ensure_ascii": False},
@@ -59,10 +59,12 @@ margins = st.sampled_from(["", " ", "\n", "\r\n\t "])
 
 @st.composite
 def bodies(draw: st.DrawFn) -> bytes:
-    """Text of a JSON object in some style."""
+    """Text of a JSON object in some style, without a carbon member."""
     value = draw(members)
     if draw(st.booleans()):
         value["usage"] = draw(members)
+        value["usage"].pop("carbon", None)
+    value.pop("carbon", None)
     return (draw(margins) + json.dumps(value, **draw(styles)) + draw(margins)).encode()
 
 
@@ -84,7 +86,7 @@ def events(draw: st.DrawFn) -> tuple[str, bytes]:
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[bytes, bytes]:
     """Text up to and with the last event, and what follows: [DONE] or nothing, perhaps an event cut short."""
-    text = b"".join(item for _, item in draw(st.lists(events(), max_size=5)))
+    text = b"".join(item for _, item in draw(st.lists(events(), max_size=4)))
     tail = draw(st.sampled_from([b"", b"data: [DONE]\n\n", b"data:[DONE]\r\n\r\n: bye\r\n\r\n", b"data: {"]))
     return text, tail
 
@@ -120,7 +122,7 @@ def same_events(out: bytes, expected: list[bytes | dict[str, Any]]) -> bool:
 
 
 @given(bodies(), st.integers(1, 3))
-@settings(max_examples=4000, **quick)
+@settings(max_examples=3000, **quick)
 def test_law_a_a_json_body_gets_one_member_and_keeps_every_byte(body: bytes, parts: int) -> None:
     out = through(json_messages(body, parts=parts), FakeFrontEnd())
     assert without_carbon(body_of(out)) == body
@@ -130,7 +132,7 @@ def test_law_a_a_json_body_gets_one_member_and_keeps_every_byte(body: bytes, par
 
 
 @given(streams(), cuts)
-@settings(max_examples=4000, **quick)
+@settings(max_examples=2500, **quick)
 def test_law_b_a_finished_stream_gets_the_object_in_its_last_json_event_however_it_is_cut(
     stream: tuple[bytes, bytes], places: list[int]
 ) -> None:
@@ -142,7 +144,7 @@ def test_law_b_a_finished_stream_gets_the_object_in_its_last_json_event_however_
 
 
 @given(streams(), cuts, st.lists(st.booleans(), min_size=1, max_size=8))
-@settings(max_examples=2000, **quick)
+@settings(max_examples=1500, **quick)
 def test_law_b_holds_byte_for_byte_whenever_the_figures_become_final_or_open_again(
     stream: tuple[bytes, bytes], places: list[int], finished: list[bool]
 ) -> None:
@@ -151,7 +153,7 @@ def test_law_b_holds_byte_for_byte_whenever_the_figures_become_final_or_open_aga
 
     def seen(index: int, out: list[Message]) -> None:
         if not ledger.finished:
-            assert body_of(out) == b"".join(chunks[:index])  # message 0 is the start
+            assert without_carbon(body_of(out)) == b"".join(chunks[:index])  # message 0 is the start
         ledger.finished = finished[(index + 1) % len(finished)]
 
     chunks = cut(text, places)
@@ -163,7 +165,7 @@ def test_law_b_holds_byte_for_byte_whenever_the_figures_become_final_or_open_aga
 
 
 @given(bodies(), st.sampled_from([0, 1, 2]), st.sampled_from(["\n", "\r\n", "\r"]))
-@settings(max_examples=500, **quick)
+@settings(max_examples=300, **quick)
 def test_one_event_per_chunk_keeps_its_messages(body: bytes, before: int, end: str) -> None:
     data = b"".join(body.split(b"\n")).replace(b"\r", b"")
     chunks = [b"data: " + data + 2 * end.encode()] * (before + 1) + [b"data: [DONE]" + 2 * end.encode()]
@@ -191,7 +193,7 @@ def test_one_event_per_chunk_keeps_its_messages(body: bytes, before: int, end: s
     ),
     cuts,
 )
-@settings(max_examples=2000, **quick)
+@settings(max_examples=1500, **quick)
 def test_law_c_what_is_not_plain_json_or_events_passes_message_for_message(
     body: bytes, head: Message, places: list[int]
 ) -> None:
@@ -200,7 +202,7 @@ def test_law_c_what_is_not_plain_json_or_events_passes_message_for_message(
 
 
 @given(st.binary(max_size=60), st.integers(1, 3))
-@settings(max_examples=500, **quick)
+@settings(max_examples=400, **quick)
 def test_law_c_a_body_that_is_no_json_object_passes_message_for_message(body: bytes, parts: int) -> None:
     messages = json_messages(body, parts=parts)
     out = through(messages, FakeFrontEnd())
@@ -233,7 +235,7 @@ PLANTS: list[tuple[object, str]] = [
 
 
 @given(streams(), cuts, st.sampled_from(PLANTS), st.integers(0, 6), st.integers(0, 6))
-@settings(max_examples=1500, **quick)
+@settings(max_examples=1000, **quick)
 def test_law_d_a_failure_anywhere_in_our_code_loses_nothing(
     stream: tuple[bytes, bytes], places: list[int], plant: tuple[object, str], calls: int, finish: int
 ) -> None:
@@ -284,7 +286,7 @@ def test_law_d_a_failing_collaborator_leaves_the_body_as_it_was(
 
 
 @given(streams(), cuts)
-@settings(max_examples=500, **quick)
+@settings(max_examples=300, **quick)
 def test_law_e_no_chunk_waits_before_the_figures_are_final(stream: tuple[bytes, bytes], places: list[int]) -> None:
     messages = stream_messages(cut(b"".join(stream), places))
 

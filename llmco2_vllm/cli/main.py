@@ -1,0 +1,39 @@
+"""The command ``llmco2``. Each subcommand is a module of its own, imported only when it is called for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Final
+
+import click
+
+COMMANDS: Final = {
+    "demo": "Serve a small real model with --carbon, send requests, show what they cost.",
+    "model": "Convert the demo's model to safetensors and print its folder.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommand NAME is ``command`` in module ``llmco2_vllm.cli.NAME``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names, without importing anything."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of one subcommand; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"llmco2_vllm.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the subcommands from the table above, so that help imports none of them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup)
+@click.version_option(package_name="llmco2-vllm")
+def main() -> None:
+    """A carbon meter for LLM serving: vllm serve MODEL --carbon."""
