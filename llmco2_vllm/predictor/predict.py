@@ -17,10 +17,11 @@ from llmco2_vllm.core.estimate import NO_RATES, Estimate, Rates
 from llmco2_vllm.core.hardware import DeviceSpec, Topology
 from llmco2_vllm.core.kernels import Kernel, KernelGraph, KernelKind, Payer, build_graph
 from llmco2_vllm.core.model import ModelSpec
-from llmco2_vllm.core.roofline import slowest
 from llmco2_vllm.predictor.calibration import Coefficients, KindCalibration, RooflineCalibration
 
 FloatArray = NDArray[np.float64]
+# Non-zero (driver index, coefficient) of a linear form.
+Terms = tuple[tuple[int, float], ...]
 _NOTHING = Estimate(0.0, 0.0, NO_RATES, NO_RATES, 0.0, 1.0, 1.0, True)
 
 
@@ -45,8 +46,9 @@ class RooflinePredictor:
         self._limit_watts = device.power_limit_watts
         self._ranks = float(topology.tensor_parallel)
         self._step_overhead, self._sequence_overhead = overhead_seconds(self.graph, coefficients)
-        self._work = work_matrix(self.graph, model, device, coefficients)
-        self._payers = _payer_matrix(self.graph)
+        work = work_matrix(self.graph, model, device, coefficients)
+        self._kernels = _kernel_terms(self.graph, work)
+        self._own = _own_terms(self.graph, work)
 
     @property
     def name(self) -> str:
@@ -58,10 +60,20 @@ class RooflinePredictor:
         prefill, decode, _ = batch
         if prefill.tokens + decode.tokens <= 0:
             return _NOTHING
-        work = self._work.dot(np.array(self.graph.drivers(batch))).reshape(4, -1)
-        compute, memory, network, _ = work
-        slowest(compute, memory, network, out=network)
-        seconds, own = work[2:].dot(self._payers).tolist()
+        x = self.graph.drivers(batch)
+        # Python numbers: twenty kernels of a few terms. Warm, arrays are as quick; but the scheduler
+        # has worked for milliseconds since the last call, and array code then starts cold.
+        seconds = [0.0] * len(Payer)
+        for payer, bounds in self._kernels:
+            longest = 0.0
+            for terms in bounds:
+                time = 0.0
+                for driver, value in terms:
+                    time += value * x[driver]
+                if time > longest:
+                    longest = time
+            seconds[payer] += longest
+        own = [sum([value * x[driver] for driver, value in terms]) for terms in self._own]
         seconds[0] += self._step_overhead + self._sequence_overhead * (prefill.sequences + decode.sequences)
         duration, own_joules = sum(seconds), sum(own)
         scale = self._ranks
@@ -150,6 +162,21 @@ def work_matrix(graph: KernelGraph, model: ModelSpec, device: DeviceSpec, coeffi
     return np.vstack([*seconds, joules])
 
 
-def _payer_matrix(graph: KernelGraph) -> FloatArray:
-    """1 where a kernel is paid by a driver, shape (kernels, 4), columns in the order of ``Payer``."""
-    return np.array([[float(kernel.payer is payer) for payer in Payer] for kernel in graph.kernels])
+def _kernel_terms(graph: KernelGraph, work: FloatArray) -> list[tuple[int, tuple[Terms, ...]]]:
+    """Per kernel the position of its payer and, per ceiling that binds at all, the terms of its time."""
+    bounds = work.reshape(4, len(graph.kernels), -1)[:3]
+    payers = list(Payer)
+    return [
+        (payers.index(kernel.payer), tuple(terms for bound in bounds if (terms := _terms(bound[row]))))
+        for row, kernel in enumerate(graph.kernels)
+    ]
+
+
+def _own_terms(graph: KernelGraph, work: FloatArray) -> list[Terms]:
+    """Per payer the terms of the joules its kernels draw by their use of the ceilings."""
+    joules = work.reshape(4, len(graph.kernels), -1)[3]
+    return [_terms(joules[[kernel.payer is payer for kernel in graph.kernels]].sum(axis=0)) for payer in Payer]
+
+
+def _terms(row: FloatArray) -> Terms:
+    return tuple((int(driver), float(row[driver])) for driver in np.flatnonzero(row))

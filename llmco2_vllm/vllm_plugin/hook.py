@@ -17,6 +17,8 @@ from llmco2_vllm.telemetry.ledger import KEY, Origin, encode
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.translate import StepReader
 
+# Steps between ledgers that are sent although nothing happened to their request.
+PERIOD_STEPS = 16
 _ABORTED = ("FINISHED_ABORTED", "FINISHED_ERROR")
 
 
@@ -72,7 +74,7 @@ class EngineHook:
         """Put the ledgers that are due into the outputs' trace headers.
 
         Due are the first and the last output of a request, every output of one with stop strings,
-        and one other per step and client in turn: a live figure at a cost independent of the batch.
+        and every 16th step one other in turn: a live figure at a cost independent of the batch.
         """
         begin = perf_counter()
         for outputs in (outputs_by_client or {}).values():
@@ -95,7 +97,9 @@ class EngineHook:
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
         self._cursor += 1
-        output = outputs[self._cursor % len(outputs)]
+        if self._cursor % PERIOD_STEPS:
+            return
+        output = outputs[self._cursor // PERIOD_STEPS % len(outputs)]
         if KEY not in (output.trace_headers or ()) and output.request_id not in self._strangers:
             self._send_running(output)
 
