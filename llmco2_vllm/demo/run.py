@@ -78,7 +78,7 @@ def _running(options: Options, console: Console) -> Iterator[VllmServer]:
     port = choose_port(options.port)
     check_memory()
     model = options.model or prepare_model(console)
-    server = VllmServer(model, CARBON_ARGUMENTS, port=port)
+    server = VllmServer(model, ("--served-model-name", model.name, *CARBON_ARGUMENTS), port=port)
     console.print(f"\n$ {server.command_line()}\n", soft_wrap=True)
     with _signals_as_exceptions(), server:
         _wait(server, console)
