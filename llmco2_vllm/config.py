@@ -93,7 +93,7 @@ def parse_settings(values: object, source: str) -> dict[str, Any]:
         try:
             values = json.loads(values)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{source}: not JSON ({error}); expected an object such as {{\"zone\": \"FR\"}}") from None
+            raise ConfigError(f'{source}: not JSON ({error}); expected an object such as {{"zone": "FR"}}') from None
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: expected an object with keys {', '.join(Settings.model_fields)}, got {values!r}")
     for key in values:

@@ -10,11 +10,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-IntArray = NDArray[np.int64]
-
 
 class Phase(StrEnum):
     """Phase of a token inside a step."""
@@ -54,51 +49,3 @@ class BatchShape(NamedTuple):
     def tokens(self) -> int:
         """Tokens computed in the step, both phases."""
         return self.prefill.tokens + self.decode.tokens
-
-
-class RequestSlices(NamedTuple):
-    """Per-request columns of one step, each of shape (requests,), dtype int64.
-
-    context: tokens already in the KV cache before the step.
-    prefill, decode: tokens of each phase, computed in this order.
-    prefill_samples: 1 where the step completes a prompt and samples its first token.
-    """
-
-    context: IntArray
-    prefill: IntArray
-    decode: IntArray
-    prefill_samples: IntArray
-
-    @property
-    def prefill_pairs(self) -> IntArray:
-        """(query, key) pairs of the prefill tokens, shape (requests,)."""
-        return self.prefill * self.context + self.prefill * (self.prefill + 1) // 2
-
-    @property
-    def decode_pairs(self) -> IntArray:
-        """(query, key) pairs of the decode tokens, which follow the prefill tokens, shape (requests,)."""
-        return self.decode * (self.context + self.prefill) + self.decode * (self.decode + 1) // 2
-
-    def shape(self, encoder_tokens: int = 0) -> BatchShape:
-        """Totals over the requests."""
-        prefill_rows = self.prefill > 0
-        decode_rows = self.decode > 0
-        n_decode = int(self.decode.sum())
-        decode = PhaseShape(
-            int(np.count_nonzero(decode_rows)),
-            n_decode,
-            int(self.decode_pairs.sum()),
-            int(((self.context + self.prefill + self.decode) * decode_rows).sum()),
-            n_decode,
-        )
-        n_prefill = int(self.prefill.sum())
-        if n_prefill == 0:
-            return BatchShape(EMPTY_PHASE, decode, encoder_tokens)
-        prefill = PhaseShape(
-            int(np.count_nonzero(prefill_rows)),
-            n_prefill,
-            int(self.prefill_pairs.sum()),
-            int(((self.context + self.prefill) * prefill_rows).sum()),
-            int(self.prefill_samples.sum()),
-        )
-        return BatchShape(prefill, decode, encoder_tokens)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from llmco2_vllm.core.units import JOULES_PER_KWH
 
-GRAMS_PER_KILOGRAM = 1000.0
-
 
 def host_joules(device_joules: float, node_overhead_ratio: float) -> float:
     """Energy of the rest of the node in joules, as a fixed fraction of the energy of its devices.
@@ -27,22 +25,3 @@ def operational_grams(energy_joules: float, grams_per_kwh: float, pue: float = 1
     (https://github.com/Green-Software-Foundation/sci/blob/main/SPEC.md).
     """
     return energy_joules / JOULES_PER_KWH * pue * grams_per_kwh
-
-
-def embodied_grams(embodied_kilograms: float, reserved_seconds: float, lifetime_seconds: float) -> float:
-    """Share of the hardware's embodied emissions in grams CO2e: M = TE * TiR / EL, all of the resource reserved.
-
-    Source: Software Carbon Intensity, ISO/IEC 21031, "Embodied emissions"
-    (https://github.com/Green-Software-Foundation/sci/blob/main/SPEC.md).
-    """
-    return embodied_kilograms * GRAMS_PER_KILOGRAM * reserved_seconds / lifetime_seconds
-
-
-def software_carbon_intensity(operational: float, embodied: float, functional_units: float) -> float:
-    """Grams CO2e per functional unit: SCI = (O + M) / R, for LLM inference R counts tokens.
-
-    Source: Software Carbon Intensity, ISO/IEC 21031
-    (https://github.com/Green-Software-Foundation/sci/blob/main/SPEC.md) and its AI profile
-    (https://github.com/Green-Software-Foundation/sci-ai/blob/main/SPEC.md).
-    """
-    return (operational + embodied) / functional_units

@@ -11,11 +11,6 @@ import math
 from enum import StrEnum
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-FloatArray = NDArray[np.float64]
-
 
 class Bound(StrEnum):
     """The ceiling that sets the least time."""
@@ -65,9 +60,3 @@ def arithmetic_intensity(work: Work) -> float:
 def ridge_point(ceilings: Ceilings) -> float:
     """Arithmetic intensity in FLOP/byte from which the compute ceiling holds."""
     return ceilings.flops_per_second / ceilings.memory_bytes_per_second
-
-
-def slowest(compute: FloatArray, memory: FloatArray, network: FloatArray, out: FloatArray) -> None:
-    """Least time of many kernels at once, from seconds by ceiling, into ``out``; all of shape (kernels,)."""
-    np.maximum(compute, memory, out=compute)
-    np.maximum(compute, network, out=out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmco2_vllm.core.carbon import host_joules, operational_grams
+
 WORLD_AVERAGE_GRAMS_PER_KWH = 475.0
 """World average of electricity, as CodeCarbon and Alumet use it (IEA, Global Energy & CO2 Status Report 2019,
 https://www.iea.org/reports/global-energy-co2-status-report-2019/emissions)."""
@@ -39,3 +41,8 @@ class Accounting:
         if intensity is None:
             return cls(WORLD_AVERAGE_GRAMS_PER_KWH, "WORLD", "default:world-average", True, pue, node_overhead)
         return cls(intensity, zone, "settings", False, pue, node_overhead)
+
+    def operational_grams(self, device_joules: float) -> float:
+        """Grams CO2e of using ``device_joules``; node overhead and PUE are applied here and nowhere else."""
+        joules = device_joules + host_joules(device_joules, self.node_overhead_ratio or 0.0)
+        return operational_grams(joules, self.grams_per_kwh, 1.0 if self.pue is None else self.pue)

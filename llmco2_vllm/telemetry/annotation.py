@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
-from llmco2_vllm.core.carbon import host_joules, operational_grams
+from llmco2_vllm.core.carbon import host_joules
 from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.ledger import Ledger, RequestLedger, total
 
@@ -139,7 +139,7 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
         "attribution": ATTRIBUTION,
         "estimate": _estimate(ledger, accounting),
         "carbon_grams": _carbon_grams(ledger, accounting),
-        "intensity": {name: getattr(accounting, name) for name in Intensity.model_fields},
+        "intensity": intensity_document(accounting),
         "pue": accounting.pue,
         "tokens": _tokens(ledger),
         "meter": _names(source.meter for source in sources),
@@ -148,6 +148,11 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
         "in_distribution": ledger.in_distribution,
     }
     return Annotation.model_validate(document)
+
+
+def intensity_document(accounting: Accounting) -> dict[str, Any]:
+    """The carbon intensity in use, as the annotation shows it."""
+    return {name: getattr(accounting, name) for name in Intensity.model_fields}
 
 
 def _estimate(ledger: Ledger, accounting: Accounting) -> dict[str, float | str | None]:
@@ -164,14 +169,10 @@ def _estimate(ledger: Ledger, accounting: Accounting) -> dict[str, float | str |
 
 
 def _carbon_grams(ledger: Ledger, accounting: Accounting) -> dict[str, float]:
-    def grams(device_joules: float) -> float:
-        joules = device_joules + host_joules(device_joules, accounting.node_overhead_ratio or 0.0)
-        return operational_grams(joules, accounting.grams_per_kwh, 1.0 if accounting.pue is None else accounting.pue)
-
     return {
-        "operational": grams(ledger.energy_joules),
-        "lower": grams(ledger.lower_joules),
-        "upper": grams(ledger.upper_joules),
+        "operational": accounting.operational_grams(ledger.energy_joules),
+        "lower": accounting.operational_grams(ledger.lower_joules),
+        "upper": accounting.operational_grams(ledger.upper_joules),
     }
 
 

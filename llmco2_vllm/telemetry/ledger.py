@@ -79,7 +79,8 @@ def decode(text: str) -> tuple[Ledger, Provenance]:
         raise ValueError(f"ledger with {len(parts)} fields instead of 17")
     joules = [float(p) for p in parts[4:8]]
     counts = [int(p) for p in parts[8:14]]
-    ledger = Ledger(int(parts[1]), parts[2] == "1", parts[3] == "1", *joules, *counts)
+    prefill, decode, lower, upper = joules
+    ledger = Ledger(int(parts[1]), parts[2] == "1", parts[3] == "1", prefill, decode, lower, upper, *counts)
     return ledger, Provenance(parts[14], parts[15], parts[16])
 
 

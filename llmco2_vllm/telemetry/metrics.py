@@ -40,13 +40,17 @@ METRICS: dict[str, Metric] = {
     "llmco2_predicted_aborted_energy_joules_total": Metric(
         Counter, "Part of the predicted energy that went to requests whose client left or that failed.", _ENGINE
     ),
-    "llmco2_cached_tokens_total": Metric(Counter, "Prompt tokens of ended requests taken from the prefix cache.", _ENGINE),
+    "llmco2_cached_tokens_total": Metric(
+        Counter, "Prompt tokens of ended requests taken from the prefix cache.", _ENGINE
+    ),
     "llmco2_recomputed_tokens_total": Metric(Counter, "Tokens of ended requests replayed after a preemption.", _ENGINE),
     "llmco2_rejected_draft_tokens_total": Metric(
         Counter, "Draft tokens of ended requests that were computed and rejected.", _ENGINE
     ),
     "llmco2_steps_total": Metric(Counter, "Scheduler steps that computed tokens.", _ENGINE),
-    "llmco2_step_duration_seconds_total": Metric(Counter, "Measured duration of the steps, tiled over busy time.", _ENGINE),
+    "llmco2_step_duration_seconds_total": Metric(
+        Counter, "Measured duration of the steps, tiled over busy time.", _ENGINE
+    ),
     "llmco2_predicted_step_duration_seconds_total": Metric(Counter, "Predicted duration of the same steps.", _ENGINE),
     "llmco2_hook_duration_seconds_total": Metric(Counter, "Time our hook added to the scheduler thread.", _ENGINE),
     "llmco2_hook_failures_total": Metric(
@@ -59,7 +63,9 @@ METRICS: dict[str, Metric] = {
         Gauge, "Carbon intensity in use, g CO2e per kWh.", ("zone", "source", "method")
     ),
     "llmco2_build_info": Metric(
-        Gauge, "Always 1; says what prices and what measures.", ("model_name", "version", "vllm_version", "predictor", "meter")
+        Gauge,
+        "Always 1; says what prices and what measures.",
+        ("model_name", "version", "vllm_version", "predictor", "meter"),
     ),
 }
 

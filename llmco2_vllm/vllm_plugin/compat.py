@@ -79,7 +79,9 @@ def self_check() -> dict[str, bool]:
 
 def warn_missing(found: dict[str, bool]) -> None:
     """One warning that names the version and what is lost, if anything is."""
-    lost = [f"{SYMBOLS[key].owner}.{SYMBOLS[key].name} ({SYMBOLS[key].used_for})" for key, ok in found.items() if not ok]
+    lost = [
+        f"{SYMBOLS[key].owner}.{SYMBOLS[key].name} ({SYMBOLS[key].used_for})" for key, ok in found.items() if not ok
+    ]
     if lost:
         logger.warning("llmco2: vLLM %s lacks %s; the rest of the meter runs", host_version(), ", ".join(lost))
 

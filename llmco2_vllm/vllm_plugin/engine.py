@@ -34,7 +34,10 @@ def start_hook(vllm_config: Any) -> EngineHook | None:
         compat.add_method("engine_core", "llmco2_switch", _switch)
     except Exception as error:
         logger.error(
-            "llmco2: no figures from this engine (%s: %s), vLLM %s; serving goes on", type(error).__name__, error, version
+            "llmco2: no figures from this engine (%s: %s), vLLM %s; serving goes on",
+            type(error).__name__,
+            error,
+            version,
         )
         return None
     logger.info(

@@ -18,7 +18,7 @@ from typing import Any
 import llmco2_vllm
 from llmco2_vllm.config import Settings
 from llmco2_vllm.telemetry.accounting import Accounting
-from llmco2_vllm.telemetry.annotation import Annotation, annotate
+from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_document
 from llmco2_vllm.telemetry.ledger import KEY, Ledger, RequestLedger, total
 from llmco2_vllm.telemetry.requests import RequestLog
 from llmco2_vllm.vllm_plugin import compat
@@ -27,7 +27,6 @@ from llmco2_vllm.vllm_plugin.guard import Guard
 logger = logging.getLogger("vllm.llmco2")
 
 PULL_SECONDS = 5.0
-SCRAPE_LIMIT_SECONDS = 0.25
 _ATTRIBUTE = "llmco2_ledgers"
 _CALL: ContextVar[list[RequestLedger] | None] = ContextVar("llmco2_call", default=None)
 
@@ -169,11 +168,10 @@ class CarbonFrontEnd:
         return [snapshot for answer in answers if (snapshot := json.loads(answer))]
 
     async def refresh_metrics(self) -> None:
-        """Pull now, before a scrape; given up after a moment, as the next pull brings the same."""
+        """Pull now, before a scrape, where this process owns the engine-wide figures."""
         client = self.engine_client()
         if client is not None and compat.client_index(client) == 0:
-            async with asyncio.timeout(SCRAPE_LIMIT_SECONDS):
-                await self._record()
+            await self._record()
 
     async def switch(self, on: bool) -> dict[str, Any] | None:
         """Turn the engines' hooks off or on; None where the setting ``switch`` does not allow it."""
@@ -193,7 +191,7 @@ class CarbonFrontEnd:
             "basis": "predicted",
             **first,
             "zone": self.settings.zone,
-            "intensity": self.accounting.intensity_document(),
+            "intensity": intensity_document(self.accounting),
             "pue": self.settings.pue,
             "node_overhead": self.settings.node_overhead,
             "front_end": {"active": self.guard.active, "failures": dict(self.guard.failures)},
@@ -212,7 +210,7 @@ class CarbonFrontEnd:
 
     async def _record(self) -> None:
         accounting, recorder = self.accounting, self.recorder
-        recorder.intensity(accounting.grams_per_kwh, accounting.zone, accounting.source, accounting.method)
+        recorder.intensity(accounting.grams_per_kwh, accounting.zone or "", accounting.source, accounting.method)
         recorder.failures("front_end", self.guard.failures)
         for snapshot in await self.snapshots():
             recorder.engine(snapshot, accounting.operational_grams(1.0))
@@ -242,6 +240,12 @@ def enable(settings: Settings, vllm_config: Any) -> None:
     names = vllm_config.model_config.served_model_name
     _front_end = CarbonFrontEnd(settings, names if isinstance(names, str) else names[0])
     compat.warn_missing(_front_end.self_check)
+    if _front_end.accounting.estimated:
+        logger.warning(
+            "llmco2: no carbon intensity is set; grams use the world average of %g g/kWh and say so "
+            "(--carbon-config.intensity)",
+            _front_end.accounting.grams_per_kwh,
+        )
     compat.wrap("async_llm", _async_llm_init)
     compat.wrap("add_request", _add_request)
     compat.wrap("process_outputs", _process_outputs)

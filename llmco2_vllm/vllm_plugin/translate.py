@@ -83,7 +83,7 @@ class StepReader:
         if not slices:
             return
         decoding = book.decoding
-        for (request_id, charge) in [(r, book.open[r]) for r in scheduled if r not in decoding]:
+        for request_id, charge in [(r, book.open[r]) for r in scheduled if r not in decoding]:
             if charge.computed >= charge.known and request_id not in self._preempted:
                 book.enter(request_id)
 

@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +12,6 @@ from llmco2_vllm.core.roofline import (
     bound,
     least_time_seconds,
     ridge_point,
-    slowest,
 )
 
 H100 = Ceilings(989.4e12, 3.35e12, 450e9)
@@ -49,11 +47,3 @@ def test_more_work_never_takes_less_time(flops: float, memory: float, network: f
     small = least_time_seconds(Work(flops, memory, network), H100)
     large = least_time_seconds(Work(flops * factor, memory * factor, network * factor), H100)
     assert large >= small
-
-
-@given(st.lists(st.tuples(amounts, amounts, amounts), min_size=1, max_size=8))
-def test_the_array_form_equals_the_scalar_form(rows: list[tuple[float, float, float]]) -> None:
-    seconds = np.array(rows).T / np.array(H100)[:, None]
-    out = np.empty(len(rows))
-    slowest(seconds[0].copy(), seconds[1], seconds[2], out=out)
-    assert out.tolist() == pytest.approx([least_time_seconds(Work(*row), H100) for row in rows])

@@ -1,14 +1,14 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmco2_vllm.core.batch import BatchShape, PhaseShape, RequestSlices
+from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Predictor, Rates
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, device_by_name
 from llmco2_vllm.core.kernels import DRIVERS, Kernel, KernelKind, Payer
+from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.core.roofline import Ceilings, Work, least_time_seconds
 from llmco2_vllm.predictor.calibration import RooflineCalibration
@@ -37,8 +37,13 @@ predictors = st.sampled_from(sorted(PREDICTORS))
 
 
 def shape(rows: list[tuple[int, int, int, int]]) -> BatchShape:
-    context, prefill, decode, sampled = np.array(rows, dtype=np.int64).T
-    return RequestSlices(context, prefill, decode, sampled * (prefill > 0)).shape()
+    slices = [
+        RequestSlice(
+            RequestCharge(context, context + prefill, context + prefill), prefill, decode, sampled * (prefill > 0)
+        )
+        for context, prefill, decode, sampled in rows
+    ]
+    return LedgerBook().shape(slices)
 
 
 def shared(phase: PhaseShape, rates: Rates) -> float:

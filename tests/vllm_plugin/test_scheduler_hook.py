@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -238,7 +239,7 @@ def test_steps_tile_busy_time_without_overlap(make_engine: MakeEngine) -> None:
     engine.run()
     assert len(windows) == monitor.totals.steps
     assert None not in windows and monitor.open_tickets == 0
-    for earlier, later in zip(windows, windows[1:], strict=False):
+    for earlier, later in pairwise(windows):
         assert later.begin_seconds >= earlier.end_seconds
     spent = sum(w.end_seconds - w.begin_seconds for w in windows)
     assert monitor.totals.step_seconds == pytest.approx(spent)
