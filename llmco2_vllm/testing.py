@@ -22,12 +22,16 @@ class FakeClock:
         self.now_seconds += seconds
 
 
+_PREFILL = Rates(1.0, 0.001, 5.0)
+_DECODE = Rates(2.0, 0.01, 7.0)
+
+
 @dataclass(frozen=True)
 class ConstantPredictor:
     """Joules by fixed rates, so that a test can price a batch by hand; one second per step."""
 
-    prefill: Rates = Rates(1.0, 0.001, 5.0)
-    decode: Rates = Rates(2.0, 0.01, 7.0)
+    prefill: Rates = _PREFILL
+    decode: Rates = _DECODE
     lower_ratio: float = 0.5
     upper_ratio: float = 2.0
     in_distribution: bool = True

@@ -15,7 +15,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 # 0.1 J to 100 kJ in steps of 1-2-5.
-JOULE_BUCKETS = tuple(m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)) + (1e5,)
+JOULE_BUCKETS = (*(m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)), 1e5)
 
 
 class Metric(NamedTuple):

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 logger = logging.getLogger("vllm.llmco2")
+# Carries the settings through the host's configuration objects.
+ATTRIBUTE = "llmco2"
 _MARK = "__llmco2__"
 
 

@@ -11,7 +11,7 @@ from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.monitor import empty_batch_costs_nothing
 from llmco2_vllm.telemetry.ledger import Origin, Provenance
 from llmco2_vllm.vllm_plugin import compat
-from llmco2_vllm.vllm_plugin.flags import ATTRIBUTE
+from llmco2_vllm.vllm_plugin.compat import ATTRIBUTE
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.hook import EngineHook
 

@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmco2_vllm.vllm_plugin import compat
+from llmco2_vllm.vllm_plugin.compat import ATTRIBUTE
 
 logger = logging.getLogger("vllm.llmco2")
 
-# Also the name of the attribute that carries the settings through the host's configuration objects.
-ATTRIBUTE = "llmco2"
 MIDDLEWARE = "llmco2_vllm.vllm_plugin.middleware.CarbonMiddleware"
 
 

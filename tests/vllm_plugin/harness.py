@@ -20,7 +20,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from llmco2_vllm.config import Settings
-from llmco2_vllm.vllm_plugin.flags import ATTRIBUTE
+from llmco2_vllm.vllm_plugin.compat import ATTRIBUTE
 
 BLOCK_SIZE = 16
 EOS = 2
