@@ -21,7 +21,10 @@ REPRICE_RATIO = 0.01
 
 
 class Ticket(NamedTuple):
-    """A step between ``schedule()`` and its output. ``key`` is the object that names the step."""
+    """A step between ``schedule()`` and its output. ``key`` is the object that names the step.
+
+    In steady decode ``estimate`` is that of the step that was last priced.
+    """
 
     key: object
     scheduled_seconds: float
@@ -61,51 +64,86 @@ class StepMonitor:
 
     def __init__(self, predictor: Predictor, clock: Callable[[], float] = time.monotonic) -> None:
         self.predictor = predictor
-        self.book = LedgerBook()
-        self._priced: Estimate | None = None
-        self._reprice_at = 0.0
-        self.totals = EngineTotals()
         self._clock = clock
+        self._book = LedgerBook()
+        self._totals = EngineTotals()
         self._tickets: deque[Ticket] = deque()
         self._last_done = float("-inf")
+        # Steady steps not yet in the book: counted, at the rates of the step that was last priced.
+        self._priced: Estimate | None = None
+        self._repeats = 0
+        self._repeats_allowed = 0
+
+    @property
+    def book(self) -> LedgerBook:
+        """The ledgers, up to date."""
+        self._catch_up()
+        return self._book
+
+    @property
+    def totals(self) -> EngineTotals:
+        """The cumulative figures, up to date."""
+        self._catch_up()
+        return self._totals
 
     def begin(self, key: object, slices: list[RequestSlice], encoder_tokens: int = 0) -> Ticket:
         """Price a step before it runs: one token for each decoding request, and ``slices``."""
-        shape = self.book.shape(slices, encoder_tokens)
+        book = self.book
+        shape = book.shape(slices, encoder_tokens)
         estimate = self.predictor.estimate(shape)
         for part in slices:
             part.pay(estimate)
-        self.book.advance(estimate)
-        self._priced, self._reprice_at = None, 0.0
-        return self._open(key, estimate, shape.prefill.tokens, shape.decode.tokens)
+        book.advance(estimate)
+        self._priced, self._repeats_allowed = None, 0
+        self._add(shape, estimate)
+        return self._open(key, estimate)
 
     def begin_steady(self, key: object) -> Ticket:
         """As :meth:`begin` for a step of decoding requests alone, the same as in the step before.
 
         The predictor is asked again once their total context has grown by ``REPRICE_RATIO``; in
-        between its rates hold, which is exact for every kernel whose bound does not change.
+        between its rates hold, which is exact for every kernel whose bound does not change, and a
+        step is only counted.
         """
-        shape = self.book.shape([])
-        _, tokens, pairs, _, samples = shape.decode
         estimate = self._priced
-        if estimate is None or pairs > self._reprice_at:
-            estimate = self._priced = self.predictor.estimate(shape)
-            self._reprice_at = pairs * (1.0 + REPRICE_RATIO)
-        else:
-            per_token, per_pair, per_sample = estimate.decode
-            joules = tokens * per_token + pairs * per_pair + samples * per_sample
-            estimate = Estimate(0.0, joules, *estimate[2:])
-        self.book.advance(estimate)
-        return self._open(key, estimate, 0, tokens)
+        if estimate is None or self._repeats >= self._repeats_allowed:
+            estimate = self._price_run()
+        self._repeats += 1
+        return self._open(key, estimate)
 
-    def _open(self, key: object, estimate: Estimate, prefill_tokens: int, decode_tokens: int) -> Ticket:
-        totals = self.totals
+    def _price_run(self) -> Estimate:
+        shape = self.book.shape([])
+        self._priced = estimate = self.predictor.estimate(shape)
+        tokens, pairs = shape.decode.tokens, shape.decode.pairs
+        self._repeats_allowed = 1 + int(REPRICE_RATIO * pairs / tokens) if tokens else 1
+        return estimate
+
+    def _catch_up(self) -> None:
+        repeats, self._repeats = self._repeats, 0
+        estimate = self._priced
+        if not repeats or estimate is None:
+            return
+        _, tokens, pairs, _, samples = self._book.shape([]).decode
+        per_token, per_pair, per_sample = estimate.decode
+        # Every step reads one more token of each request than the step before.
+        all_pairs = repeats * pairs + tokens * repeats * (repeats - 1) // 2
+        totals = self._totals
+        totals.steps += repeats
+        totals.decode_tokens += repeats * tokens
+        totals.decode_joules += repeats * (tokens * per_token + samples * per_sample) + all_pairs * per_pair
+        totals.predicted_seconds += repeats * estimate.duration_seconds
+        self._book.advance(estimate, repeats)
+
+    def _add(self, shape: BatchShape, estimate: Estimate) -> None:
+        totals = self._totals
         totals.steps += 1
         totals.prefill_joules += estimate.prefill_joules
         totals.decode_joules += estimate.decode_joules
-        totals.prefill_tokens += prefill_tokens
-        totals.decode_tokens += decode_tokens
+        totals.prefill_tokens += shape.prefill.tokens
+        totals.decode_tokens += shape.decode.tokens
         totals.predicted_seconds += estimate.duration_seconds
+
+    def _open(self, key: object, estimate: Estimate) -> Ticket:
         ticket = Ticket(key, self._clock(), estimate)
         self._tickets.append(ticket)
         return ticket
@@ -117,24 +155,25 @@ class StepMonitor:
         """
         tickets = self._tickets
         if not tickets or (tickets[0].key is not key and all(ticket.key is not key for ticket in tickets)):
-            self.totals.lost_tickets += 1
+            self._totals.lost_tickets += 1
             return None
         ticket = tickets.popleft()
         while ticket.key is not key:
-            self.totals.lost_tickets += 1
+            self._totals.lost_tickets += 1
             ticket = tickets.popleft()
         done = self._clock()
         window = StepWindow(max(ticket.scheduled_seconds, self._last_done), done, ticket.estimate)
         self._last_done = done
-        self.totals.step_seconds += done - window.begin_seconds
+        self._totals.step_seconds += done - window.begin_seconds
         return window
 
     def finish(self, request_id: str, aborted: bool) -> RequestCharge | None:
         """Close a request's ledger and book it as finished or aborted."""
         charge = self.book.leave(request_id)
+        self._priced = None  # the run has lost a request
         if charge is None:
             return None
-        totals = self.totals
+        totals = self._totals
         totals.cached_tokens += charge.cached_tokens
         totals.recomputed_tokens += charge.recomputed_tokens
         totals.rejected_draft_tokens += charge.rejected_draft_tokens
@@ -147,7 +186,8 @@ class StepMonitor:
 
     def reset(self) -> None:
         """Forget open ledgers and tickets; the totals stay."""
-        self.book.clear()
+        self._catch_up()
+        self._book = LedgerBook()
         self._priced = None
         self._tickets.clear()
 

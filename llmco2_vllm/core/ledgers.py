@@ -224,28 +224,29 @@ class LedgerBook:
         )
         return BatchShape(PhaseShape(sequences, tokens, prefill_pairs, kv_tokens, samples), decode, encoder_tokens)
 
-    def advance(self, estimate: Estimate) -> None:
-        """Charge one token to every decoding request at the rates of ``estimate``."""
+    def advance(self, estimate: Estimate, steps: int = 1) -> None:
+        """Charge ``steps`` steps of one token to every decoding request at the rates of ``estimate``."""
         if not self.decoding:
             return
         now = self._now
         per_token, per_pair, per_sample = estimate.decode
         lower, upper = estimate.lower_ratio, estimate.upper_ratio
-        # The context of a request before this step is offset + now.steps; its token sees one more.
-        fixed, ramp = per_token + per_sample, per_pair * (now.steps + 1)
+        fixed, slope = steps * (per_token + per_sample), steps * per_pair
+        # The context of a request before step s is offset + s; its token sees one more.
+        ramp = per_pair * (steps * now.steps + steps * (steps + 1) // 2)
         self._now = DecodeSums(
-            now.steps + 1,
+            now.steps + steps,
             now.fixed + fixed,
-            now.slope + per_pair,
+            now.slope + slope,
             now.ramp + ramp,
             now.lower_fixed + lower * fixed,
-            now.lower_slope + lower * per_pair,
+            now.lower_slope + lower * slope,
             now.lower_ramp + lower * ramp,
             now.upper_fixed + upper * fixed,
-            now.upper_slope + upper * per_pair,
+            now.upper_slope + upper * slope,
             now.upper_ramp + upper * ramp,
         )
-        self._context += len(self.decoding)
+        self._context += steps * len(self.decoding)
         if not estimate.in_distribution:
             self._outside_at = self._now.steps
         if self._now.steps >= REBASE_STEPS:
@@ -258,7 +259,3 @@ class LedgerBook:
         self._now, self._outside_at = DecodeSums(), -1
         for request_id in decoding:
             self.enter(request_id)
-
-    def clear(self) -> None:
-        """Forget every ledger."""
-        self.__init__()  # type: ignore[misc]

@@ -132,7 +132,8 @@ class VllmServer:
         if process is None:
             return
         try:
-            process.send_signal(signal.SIGINT)
+            # Not SIGINT: a shell lets its background processes ignore that, and they pass it on.
+            process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(self.stop_seconds)
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmco2_vllm.vllm_plugin import compat
@@ -23,11 +23,11 @@ def install() -> None:
     compat.wrap("get_scheduler_cls", _get_scheduler_cls)
 
 
-def requested(flag: bool, flag_values: object, additional_config: object, environ: Mapping[str, str]) -> Any:
+def requested(flag: bool, flag_values: Sequence[object] | None, additional_config: object, environ: Mapping[str, str]) -> Any:
     """The Settings if anything asks for the meter, else None. Raises ConfigError.
 
-    ``--carbon-config`` implies ``--carbon``; the flag wins over ``additional_config``, that over
-    the environment.
+    ``--carbon-config`` implies ``--carbon`` and may come several times, the last one winning; the flag
+    wins over ``additional_config``, that over the environment.
     """
     from llmco2_vllm import config
     from llmco2_vllm.assemble import check_settings
@@ -38,7 +38,7 @@ def requested(flag: bool, flag_values: object, additional_config: object, enviro
     settings = config.build_settings(
         ("environment", config.environment_settings(environ)),
         ('additional_config["carbon"]', config.parse_settings(asked or None, 'additional_config["carbon"]')),
-        ("--carbon-config", config.parse_settings(flag_values, "--carbon-config")),
+        *(("--carbon-config", config.parse_settings(item, "--carbon-config")) for item in flag_values or ()),
     )
     check_settings(settings)
     return settings
@@ -56,7 +56,8 @@ def _add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             default=False,
             help="Predict the energy and carbon of every batch and report them in each response and in /metrics.",
         )
-        group.add_argument("--carbon-config", type=str, default=None, metavar="JSON", help=_config_help())
+        # Appended, not replaced: the host turns dotted flags into one more JSON after the one that was typed.
+        group.add_argument("--carbon-config", action="append", default=None, metavar="JSON", help=_config_help())
         return parser
 
     return add_cli_args

@@ -29,7 +29,7 @@ class EngineHook:
         self.monitor = monitor
         self.origin = origin
         self.guard = guard
-        self.reader = StepReader(monitor.book, self._joined, speculative)
+        self.reader = StepReader(monitor, self._joined, speculative)
         self.hook_seconds = 0.0
         self._unsent: set[str] = set()
         self._every_output: set[str] = set()
@@ -53,7 +53,7 @@ class EngineHook:
     def _scheduled_mixed(self, output: Any, requests: Mapping[str, Any]) -> None:
         slices = self.reader.read(output, requests)
         self.monitor.begin(output, slices, _encoder_inputs(output))
-        self.reader.settled(output, slices)
+        self.reader.charged(output)
 
     def _joined(self, request_id: str, request: Any) -> None:
         if request_id in self._strangers:
@@ -89,8 +89,8 @@ class EngineHook:
             return
         for output in outputs:
             request_id = output.request_id
-            if (row := self._parked.get(request_id)) is not None:
-                self._send(output, row, final=True)
+            if (charge := self._parked.get(request_id)) is not None:
+                self._send(output, charge, final=True)
             elif request_id in self._unsent or request_id in self._every_output:
                 self._unsent.discard(request_id)
                 self._send_running(output)
@@ -124,9 +124,9 @@ class EngineHook:
         stopped_in_front_end = request_id in self._every_output
         self._unsent.discard(request_id)
         self._every_output.discard(request_id)
-        row = self.monitor.finish(request_id, aborted and not stopped_in_front_end)
-        if row is not None and request_id not in self._strangers:
-            self._parked[request_id] = row
+        charge = self.monitor.finish(request_id, aborted and not stopped_in_front_end)
+        if charge is not None and request_id not in self._strangers:
+            self._parked[request_id] = charge
         self._strangers.discard(request_id)
 
     def preempted(self, request: Any) -> None:

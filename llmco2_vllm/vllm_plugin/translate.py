@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
+from llmco2_vllm.core.ledgers import RequestCharge, RequestSlice
+from llmco2_vllm.monitor import StepMonitor
 
 
 def known_tokens(request: Any) -> int:
@@ -20,18 +21,19 @@ def known_tokens(request: Any) -> int:
 
 
 class StepReader:
-    """Reads steps into a :class:`LedgerBook` and knows when the next one can take the fast path.
+    """Reads steps into a monitor's ledger book and knows when the next one can take the fast path.
 
     speculative: the deployment may draft tokens. Drafts are taken back after later steps were
     scheduled, so no request is then ever trusted to be in steady decode.
     """
 
-    def __init__(self, book: LedgerBook, on_join: Callable[[str, Any], None], speculative: bool = False) -> None:
-        self.book = book
+    def __init__(self, monitor: StepMonitor, on_join: Callable[[str, Any], None], speculative: bool = False) -> None:
+        self._monitor = monitor
         self._on_join = on_join
         self._speculative = speculative
         self._steady: Mapping[str, int] | None = None
         self._preempted: set[str] = set()
+        self._others: list[tuple[str, int]] = []
 
     def is_steady(self, output: Any) -> bool:
         """Whether the step repeats the last one: the same requests, one decode token each.
@@ -53,7 +55,7 @@ class StepReader:
         """The request gave up its KV cache and will replay its tokens."""
         self._preempted.add(request_id)
         self._steady = None
-        self.book.interrupt(request_id)
+        self._monitor.book.interrupt(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request is gone for good."""
@@ -66,33 +68,32 @@ class StepReader:
         Ledgers are opened for requests seen for the first time.
         """
         scheduled: Mapping[str, int] = output.num_scheduled_tokens
-        book = self.book
+        book = self._monitor.book
         decoding = book.decoding
         others = [item for item in scheduled.items() if item[1] != 1 or item[0] not in decoding]
         if len(scheduled) - len(others) != len(decoding):
             for request_id in [r for r in decoding if scheduled.get(r) != 1]:
                 book.interrupt(request_id)
         self._steady = None if others else scheduled
+        self._others = others
         return [self._slice(request_id, tokens, requests[request_id]) for request_id, tokens in others]
 
-    def settled(self, output: Any, slices: list[RequestSlice]) -> None:
+    def charged(self, output: Any) -> None:
         """After the step was charged: requests that decode one token a step from now on enter the sums."""
         if self._speculative or output.scheduled_spec_decode_tokens:
             return
-        book, scheduled = self.book, output.num_scheduled_tokens
-        if not slices:
-            return
-        decoding = book.decoding
-        for request_id, charge in [(r, book.open[r]) for r in scheduled if r not in decoding]:
-            if charge.computed >= charge.known and request_id not in self._preempted:
+        book = self._monitor.book
+        for request_id, _ in self._others:
+            charge = book.open[request_id]
+            if charge.computed >= charge.known:
                 book.enter(request_id)
 
     def _slice(self, request_id: str, tokens: int, request: Any) -> RequestSlice:
         start = int(request.num_computed_tokens) - tokens
-        charge = self.book.open.get(request_id)
+        charge = self._monitor.book.open.get(request_id)
         if charge is None:
             self._preempted.discard(request_id)
-            charge = self.book.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
+            charge = self._monitor.book.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
             self._on_join(request_id, request)
         elif charge.computed != start or request_id in self._preempted:
             self._correct(request_id, charge, start, request)

@@ -182,7 +182,7 @@ def test_the_fast_path_charges_what_the_full_path_charges(make_engine: MakeEngin
         engine = make_engine(depth=depth, blocks=70, max_num_seqs=12, max_num_batched_tokens=256)
         hook = engine.scheduler.llmco2_hook
         if full:
-            hook.reader.settled = lambda _output, _slices: None  # no request ever enters the running sums
+            hook.reader.charged = lambda _output: None  # no request ever enters the running sums
         for i in range(25):
             engine.scheduler.add_request(make_request(f"r{i}", rng.randint(1, 120), max_tokens=rng.randint(1, 60)))
             for _ in range(rng.randint(0, 12)):
