@@ -23,7 +23,9 @@ def install() -> None:
     compat.wrap("get_scheduler_cls", _get_scheduler_cls)
 
 
-def requested(flag: bool, flag_values: Sequence[object] | None, additional_config: object, environ: Mapping[str, str]) -> Any:
+def requested(
+    flag: bool, flag_values: Sequence[object] | None, additional_config: object, environ: Mapping[str, str]
+) -> Any:
     """The Settings if anything asks for the meter, else None. Raises ConfigError.
 
     ``--carbon-config`` implies ``--carbon`` and may come several times, the last one winning; the flag
