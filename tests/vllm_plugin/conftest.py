@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from llmco2_vllm.config import Settings
+from llmco2_vllm.telemetry.metrics import Identity, Recorder
 from llmco2_vllm.testing import ConstantPredictor
-from llmco2_vllm.vllm_plugin import register
+from llmco2_vllm.vllm_plugin import frontend, register
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +42,26 @@ def make_engine(tiny_model: Path) -> Callable[..., Any]:
         return harness.Engine(scheduler, depth, sample)
 
     return make
+
+
+@pytest.fixture
+def front_end(monkeypatch: pytest.MonkeyPatch) -> frontend.CarbonFrontEnd:
+    """This process as a front end, with metrics of its own; it is none any more after the test."""
+    monkeypatch.setattr(frontend, "_front_end", None)
+    model = SimpleNamespace(served_model_name="tiny")
+    frontend.enable(Settings(intensity=100.0), SimpleNamespace(model_config=model))
+    front = frontend.front_end()
+    front._recorder = Recorder(Identity("tiny", "0", "0"), CollectorRegistry())
+    return front
+
+
+@pytest.fixture
+def log_records() -> Iterator[list[logging.LogRecord]]:
+    """What our logger says; vLLM's own logging set-up keeps it from the root logger."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.llmco2")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)

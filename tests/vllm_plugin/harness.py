@@ -6,20 +6,28 @@ import inspect
 import json
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
-from vllm.sampling_params import SamplingParams
+from vllm.pooling_params import PoolingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from vllm.v1.structured_output import StructuredOutputManager
 
 from llmco2_vllm.config import Settings
+from llmco2_vllm.vllm_plugin import compat
 from llmco2_vllm.vllm_plugin.compat import ATTRIBUTE
 
 BLOCK_SIZE = 16
@@ -49,10 +57,23 @@ def call(function: Callable[..., Any], **kwargs: Any) -> Any:
     return function(**{key: value for key, value in kwargs.items() if key in known})
 
 
-def model_folder(folder: Path) -> Path:
-    """A folder with the configuration of a small Llama and nothing else."""
-    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+def model_folder(folder: Path, **changes: Any) -> Path:
+    """A folder with the configuration of a small Llama, or of what ``changes`` make of it, and nothing else."""
+    (folder / "config.json").write_text(json.dumps({**TINY_LLAMA, **changes}))
     return folder
+
+
+def take_wrappers_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM as it is without the plugin, until the end of the test."""
+    for key, symbol in compat.SYMBOLS.items():
+        owner = compat.resolve(key)
+        if owner is None:
+            continue
+        static = inspect.getattr_static(owner, symbol.name)
+        plain = getattr(static, "__func__", static)
+        if hasattr(plain, "__llmco2__"):
+            kind = type(static) if plain is not static else None
+            monkeypatch.setattr(owner, symbol.name, kind(plain.__wrapped__) if kind else plain.__wrapped__)
 
 
 def make_config(
@@ -124,6 +145,32 @@ def make_request(request_id: str, prompt: int | list[int], max_tokens: int = 16,
     )
 
 
+def make_core_request(request_id: str, prompt: int | list[int], max_tokens: int = 16, **options: Any) -> Any:
+    """A request as the front end sends it to the engine; ``pooling``, ``delta`` and ``resumable`` are switches.
+
+    Other options are fields of EngineCoreRequest, or else of SamplingParams.
+    """
+    pooling, delta = options.pop("pooling", False), options.pop("delta", False)
+    fields = {key: options.pop(key) for key in list(options) if key in EngineCoreRequest.__struct_fields__}
+    kind = RequestOutputKind.DELTA if delta else RequestOutputKind.FINAL_ONLY
+    plain = make_request(request_id, prompt, max_tokens, output_kind=kind, **options)
+    return call(
+        EngineCoreRequest,
+        request_id=request_id,
+        external_req_id=f"external-{request_id}",
+        prompt_token_ids=list(plain.prompt_token_ids),
+        mm_features=None,
+        sampling_params=None if pooling else plain.sampling_params,
+        pooling_params=PoolingParams(task="embed") if pooling else None,
+        eos_token_id=EOS,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        **fields,
+    )
+
+
 class Engine:
     """The engine core's loop around a scheduler, with ``depth`` batches in flight.
 
@@ -136,6 +183,7 @@ class Engine:
         self.sample = sample or (lambda _request: [7])
         self.queue: deque[Any] = deque()
         self.outputs: list[Any] = []
+        self.returned: deque[Any] = deque()
         self.steps: list[Any] = []
 
     def step(self) -> None:
@@ -152,6 +200,7 @@ class Engine:
         result = self.scheduler.update_from_output(output, answer)
         for engine_outputs in result.values():
             self.outputs.extend(engine_outputs.outputs)
+            self.returned.append(engine_outputs)
 
     def run(self, limit: int = 1000) -> None:
         """Step until nothing is left to do."""
@@ -164,11 +213,13 @@ class Engine:
 
     def _answer(self, output: Any) -> ModelRunnerOutput:
         ids = list(output.num_scheduled_tokens)
-        sampled = []
+        sampled: list[list[int]] = []
+        pooled: list[torch.Tensor | None] = []
         for request_id in ids:
             request = self.scheduler.requests[request_id]
             ready = request.num_computed_tokens >= request.num_tokens
-            sampled.append(self.sample(request) if ready else [])
+            sampled.append(self.sample(request) if ready and request.pooling_params is None else [])
+            pooled.append(torch.ones(4) if ready and request.pooling_params is not None else None)
         return call(
             ModelRunnerOutput,
             req_ids=ids,
@@ -176,5 +227,74 @@ class Engine:
             sampled_token_ids=sampled,
             logprobs=None,
             prompt_logprobs_dict={},
-            pooler_output=[],
+            pooler_output=pooled,
         )
+
+
+class Server:
+    """An engine and a front end; what they send each other goes through vLLM's msgpack.
+
+    tamper: may change the outputs on their way to the front end. received: those that came.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: Any = None, tamper: Callable[[list[Any]], None] = lambda outputs: None
+    ) -> None:
+        self.engine = engine
+        self.processor = call(OutputProcessor, tokenizer=tokenizer, log_stats=False)
+        self.received: list[Any] = []
+        self.delivered: list[Any] = []
+        self._tamper = tamper
+        self._encoder = MsgpackEncoder()
+        self._outputs = MsgpackDecoder(EngineCoreOutputs)
+        self._requests = MsgpackDecoder(EngineCoreRequest)
+
+    def add(self, request: Any, parent: ParentRequest | None = None, index: int = 0) -> None:
+        """Register a request in the front end and hand it to the engine."""
+        self.processor.add_request(request, None, parent, index)
+        received = self._requests.decode(self._encoder.encode(request))
+        hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        self.engine.scheduler.add_request(Request.from_engine_core_request(received, hasher))
+
+    def add_parallel(self, request: Any) -> None:
+        """The ``n`` sequences of a request, as AsyncLLM and LLMEngine fan it out."""
+        parent = ParentRequest(request)
+        for index in range(request.sampling_params.n):
+            child = copy(request)
+            child.request_id, child.sampling_params = parent.get_child_info(index)
+            self.add(child, parent, index)
+
+    def step(self) -> list[Any]:
+        """One step of the engine; the request outputs that came of it."""
+        self.engine.step()
+        return self.deliver()
+
+    def deliver(self) -> list[Any]:
+        """Take what the engine has returned into the front end."""
+        delivered = []
+        while self.engine.returned:
+            message = self._encoder.encode(self.engine.returned.popleft())
+            outputs = self._outputs.decode(message)
+            self._tamper(outputs.outputs)
+            self.received.extend(outputs.outputs)
+            answer = self.processor.process_outputs(outputs.outputs, outputs.timestamp, None)
+            delivered.extend(answer.request_outputs)
+            self.engine.scheduler.finish_requests(answer.reqs_to_abort, RequestStatus.FINISHED_ABORTED)
+        self.delivered.extend(delivered)
+        return delivered
+
+    def abort(self, request_id: str) -> None:
+        """The client has gone."""
+        ids = self.processor.abort_requests([request_id], internal=True)
+        self.engine.scheduler.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+
+    def run(self, limit: int = 1000) -> list[Any]:
+        """Step until nothing is left to do; all request outputs so far."""
+        for _ in range(limit):
+            if not self.engine.scheduler.has_requests():
+                break
+            self.step()
+        while self.engine.queue:
+            self.engine.collect()
+            self.deliver()
+        return self.delivered
