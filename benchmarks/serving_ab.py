@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object, every pair in it")
     arguments = parser.parse_args()
     flags = ["--served-model-name", MODEL, "--carbon", "--carbon-config.switch", "true"]
-    with VllmServer(model_folder(), flags, port=choose_port()) as server:
+    with VllmServer(model_folder(), flags, port=choose_port(None)) as server:
         server.wait_ready(300)
         pairs = asyncio.run(run(server.url, arguments))
     rows = summary(pairs)

@@ -59,8 +59,12 @@ def front_end(monkeypatch: pytest.MonkeyPatch) -> frontend.CarbonFrontEnd:
 def log_records() -> Iterator[list[logging.LogRecord]]:
     """What our logger says; vLLM's own logging set-up keeps it from the root logger."""
     records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    handler = Collector()
     logger = logging.getLogger("vllm.llmco2")
     logger.addHandler(handler)
     yield records
