@@ -53,7 +53,13 @@ def refusals(child: Child, model_dir: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.server
 def test_an_unknown_key_ends_the_command_with_one_line_that_names_it(model_dir: Path) -> None:
-    command = [Path(sys.executable).with_name("vllm"), "serve", model_dir, "--carbon-config", '{"zoen": "FR"}']
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model_dir),
+        "--carbon-config",
+        '{"zoen": "FR"}',
+    ]
     environment = {**os.environ, **ENVIRONMENT}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     words = ("--carbon-config", "'zoen'", "did you mean 'zone'", ", ".join(Settings.model_fields))
@@ -85,13 +91,13 @@ def parsed(*arguments: str) -> Any:
         ([], None),
         (["--carbon"], {}),
         (["--carbon-config", "{}"], {}),
-        (["--carbon-config", '{"zone": "DE", "pue": 1.3}'], dict(zone="DE", pue=1.3)),
-        (["--carbon-config.zone", "DE"], dict(zone="DE")),
-        (["--carbon-config.zone=DE", "--carbon-config.pue", "1.3"], dict(zone="DE", pue=1.3)),
-        (["--carbon-config", '{"pue": 1.3}', "--carbon-config.zone", "DE"], dict(zone="DE", pue=1.3)),
-        (["--carbon-config.headers", "true"], dict(headers=True)),
-        (["--additional-config", '{"carbon": {"zone": "DE"}}'], dict(zone="DE")),
-        (["--additional-config", '{"carbon": {"zone": "DE"}}', "--carbon-config.zone", "FR"], dict(zone="FR")),
+        (["--carbon-config", '{"zone": "DE", "pue": 1.3}'], {"zone": "DE", "pue": 1.3}),
+        (["--carbon-config.zone", "DE"], {"zone": "DE"}),
+        (["--carbon-config.zone=DE", "--carbon-config.pue", "1.3"], {"zone": "DE", "pue": 1.3}),
+        (["--carbon-config", '{"pue": 1.3}', "--carbon-config.zone", "DE"], {"zone": "DE", "pue": 1.3}),
+        (["--carbon-config.headers", "true"], {"headers": True}),
+        (["--additional-config", '{"carbon": {"zone": "DE"}}'], {"zone": "DE"}),
+        (["--additional-config", '{"carbon": {"zone": "DE"}}', "--carbon-config.zone", "FR"], {"zone": "FR"}),
         (["--additional-config", '{"carbon": true}'], {}),
         (["--additional-config", '{"carbon": false}'], None),
     ],
@@ -105,10 +111,10 @@ def test_a_command_line_means_these_settings(arguments: list[str], settings: dic
     [
         ("carbon: true\n", {}),
         ("carbon: false\n", None),
-        ("carbon: true\ncarbon-config: {zone: DE, pue: 1.3}\n", dict(zone="DE", pue=1.3)),
-        ("carbon-config:\n  zone: DE\n  headers: true\n", dict(zone="DE", headers=True)),
-        ('carbon-config: \'{"zone": "DE"}\'\n', dict(zone="DE")),
-        ("carbon-config.zone: DE\n", dict(zone="DE")),
+        ("carbon: true\ncarbon-config: {zone: DE, pue: 1.3}\n", {"zone": "DE", "pue": 1.3}),
+        ("carbon-config:\n  zone: DE\n  headers: true\n", {"zone": "DE", "headers": True}),
+        ('carbon-config: \'{"zone": "DE"}\'\n', {"zone": "DE"}),
+        ("carbon-config.zone: DE\n", {"zone": "DE"}),
     ],
 )
 def test_a_yaml_file_means_these_settings(tmp_path: Path, text: str, settings: dict[str, Any] | None) -> None:
@@ -120,12 +126,12 @@ def test_a_yaml_file_means_these_settings(tmp_path: Path, text: str, settings: d
 def test_the_command_line_wins_over_the_yaml_file_key_by_key(tmp_path: Path) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("carbon-config: {zone: DE, pue: 1.3}\n")
-    assert parsed("--config", str(file), "--carbon-config.zone", "FR") == dict(zone="FR", pue=1.3)
+    assert parsed("--config", str(file), "--carbon-config.zone", "FR") == {"zone": "FR", "pue": 1.3}
 
 
 def test_the_environment_alone_turns_it_on_and_the_flag_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCO2_ZONE", "DE")
     assert parsed() is None
     monkeypatch.setenv("LLMCO2_CARBON", "1")
-    assert parsed() == dict(zone="DE")
-    assert parsed("--carbon-config.zone", "FR") == dict(zone="FR")
+    assert parsed() == {"zone": "DE"}
+    assert parsed("--carbon-config.zone", "FR") == {"zone": "FR"}
