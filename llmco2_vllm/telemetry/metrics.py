@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 # 0.1 J to 100 kJ in steps of 1-2-5.
@@ -92,15 +93,21 @@ class Identity:
     vllm_version: str
 
 
-class Recorder:
-    """Prometheus objects of one front-end process; created once, on first use."""
+# A registry takes each name once, and a process may start several engines one after the other.
+_made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
 
-    def __init__(self, identity: Identity, registry: Any = None) -> None:
+
+class Recorder:
+    """Feeds the Prometheus objects of one front-end process; they are created once, on first use."""
+
+    def __init__(self, identity: Identity, registry: CollectorRegistry = REGISTRY) -> None:
         self.identity = identity
-        self._metrics: dict[str, Any] = {}
+        self._metrics = _made.setdefault(registry, {})
         self._seen: dict[tuple[str, str], float] = {}
         for name, metric in METRICS.items():
-            options: dict[str, Any] = {} if registry is None else {"registry": registry}
+            if name in self._metrics:
+                continue
+            options: dict[str, Any] = {"registry": registry}
             if metric.kind is Histogram:
                 options["buckets"] = JOULE_BUCKETS
             if metric.kind is Gauge:

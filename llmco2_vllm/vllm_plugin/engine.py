@@ -18,28 +18,18 @@ from llmco2_vllm.vllm_plugin.hook import EngineHook
 logger = logging.getLogger("vllm.llmco2")
 
 
-def start_hook(vllm_config: Any) -> EngineHook | None:
-    """The hook of one engine's scheduler, or None, logged once, where the deployment cannot be priced."""
-    version = compat.host_version()
-    try:
-        settings = getattr(vllm_config, ATTRIBUTE, None) or getattr(vllm_config.scheduler_config, ATTRIBUTE)
-        meter = assemble(settings, describe(vllm_config))
-        if not empty_batch_costs_nothing(meter.monitor.predictor):
-            raise ValueError(f"predictor {meter.monitor.predictor.name} prices an empty step above zero")
-        provenance = Provenance(meter.monitor.predictor.name, meter.meter, meter.meter_reason)
-        origin = Origin(_engine_index(vllm_config), provenance)
-        speculative = vllm_config.speculative_config is not None
-        hook = EngineHook(meter.monitor, origin, Guard("engine", version), speculative)
-        compat.add_method("engine_core", "llmco2_snapshot", _snapshot)
-        compat.add_method("engine_core", "llmco2_switch", _switch)
-    except Exception as error:
-        logger.error(
-            "llmco2: no figures from this engine (%s: %s), vLLM %s; serving goes on",
-            type(error).__name__,
-            error,
-            version,
-        )
-        return None
+def start_hook(vllm_config: Any) -> EngineHook:
+    """The hook of one engine's scheduler. Raises where the deployment cannot be priced."""
+    settings = getattr(vllm_config, ATTRIBUTE, None) or getattr(vllm_config.scheduler_config, ATTRIBUTE)
+    meter = assemble(settings, describe(vllm_config))
+    if not empty_batch_costs_nothing(meter.monitor.predictor):
+        raise ValueError(f"predictor {meter.monitor.predictor.name} prices an empty step above zero")
+    provenance = Provenance(meter.monitor.predictor.name, meter.meter, meter.meter_reason)
+    origin = Origin(_engine_index(vllm_config), provenance)
+    speculative = vllm_config.speculative_config is not None
+    hook = EngineHook(meter.monitor, origin, Guard("engine", compat.host_version()), speculative)
+    compat.add_method("engine_core", "llmco2_snapshot", _snapshot)
+    compat.add_method("engine_core", "llmco2_switch", _switch)
     logger.info(
         "llmco2: predictor %s, device %s, meter %s (%s)", provenance.predictor, meter.device.name, *provenance[1:]
     )

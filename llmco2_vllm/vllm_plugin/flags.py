@@ -32,11 +32,12 @@ def requested(
     wins over ``additional_config``, that over the environment.
     """
     from llmco2_vllm import config
-    from llmco2_vllm.assemble import check_settings
 
     asked = additional_config.get("carbon") if isinstance(additional_config, Mapping) else None
     if not (flag or flag_values is not None or asked not in (None, False) or config.enabled_by_environment(environ)):
         return None
+    from llmco2_vllm.assemble import check_settings
+
     settings = config.build_settings(
         ("environment", config.environment_settings(environ)),
         ('additional_config["carbon"]', config.parse_settings(asked or None, 'additional_config["carbon"]')),
@@ -125,7 +126,11 @@ def _enable(vllm_config: Any, settings: Any) -> None:
         setattr(vllm_config.scheduler_config, ATTRIBUTE, settings)
         frontend.enable(settings, vllm_config)
     except Exception as error:
-        logger.error("llmco2: not enabled (%s: %s); serving goes on", type(error).__name__, error)
+        _not_enabled(error)
+
+
+def _not_enabled(error: Exception) -> None:
+    logger.error("llmco2: not enabled (%s: %s); serving goes on", type(error).__name__, error)
 
 
 def _get_scheduler_cls(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,8 +138,12 @@ def _get_scheduler_cls(original: Callable[..., Any]) -> Callable[..., Any]:
         base = original(self, *args, **kwargs)
         if getattr(self, ATTRIBUTE, None) is None:
             return base
-        from llmco2_vllm.vllm_plugin.scheduler import with_carbon
+        try:
+            from llmco2_vllm.vllm_plugin.scheduler import with_carbon
 
-        return with_carbon(base)
+            return with_carbon(base)
+        except Exception as error:
+            _not_enabled(error)
+            return base
 
     return get_scheduler_cls

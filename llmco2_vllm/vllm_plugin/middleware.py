@@ -32,7 +32,7 @@ _REQUESTS = "/carbon/requests/"
 # A body under one of these is encoded or sealed: changing it would break the response.
 _SEALS = {b"content-encoding", b"content-digest", b"repr-digest", b"digest", b"content-md5"}
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.llmco2")
 
 
 class FrontEnd(Protocol):
@@ -88,12 +88,17 @@ class CarbonMiddleware:
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        front_end = self._start() if scope["type"] in ("http", "lifespan") else None
+        front_end, path = None, ""
+        try:
+            if scope["type"] in ("http", "lifespan"):
+                front_end = self._start()
+                path = _route_path(scope) if scope["type"] == "http" else ""
+        except Exception as error:
+            front_end = None
+            self._without_front_end(error)
         if front_end is None or scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        path = _route_path(scope)
-        if path in ("/carbon", "/carbon/hook") or (path.startswith(_REQUESTS) and path != _REQUESTS):
+        elif path in ("/carbon", "/carbon/hook") or (path.startswith(_REQUESTS) and path != _REQUESTS):
             await _send_answer(await _answer(front_end, scope, receive, path), scope, send)
         elif path.rstrip("/") == "/metrics":
             await _refresh(front_end)
@@ -105,20 +110,24 @@ class CarbonMiddleware:
         """The front end, told once that the server runs; None when the plugin has none."""
         if self._started:
             return self._front_end
-        self._started = True
-        try:
-            if self._front_end is None:
-                from llmco2_vllm.vllm_plugin.frontend import front_end
+        if self._front_end is None:
+            from llmco2_vllm.vllm_plugin.frontend import front_end
 
-                self._front_end = front_end()
-        except Exception:
-            logger.exception("llmco2_vllm: no front end; responses carry no carbon object")
-            return None
+            self._front_end = front_end()
+        self._started = True
         try:
             self._front_end.started()
         except Exception as error:
             _report(self._front_end, "started", error)
         return self._front_end
+
+    def _without_front_end(self, error: Exception) -> None:
+        """Let this scope pass as if we were not there."""
+        if self._front_end is not None:
+            _report(self._front_end, "scope", error)
+        elif not self._started:
+            logger.warning("llmco2: responses carry no carbon object (%s: %s)", type(error).__name__, error)
+        self._started = True
 
     async def _annotate(self, front_end: FrontEnd, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -134,7 +143,7 @@ class CarbonMiddleware:
             try:
                 await response.release()
             except Exception as error:
-                logger.debug("llmco2_vllm: the client has gone: %r", error)
+                logger.debug("llmco2: the client has gone: %r", error)
             raise
         await response.release()
 
@@ -162,7 +171,12 @@ class _Response:
                 await self._send_body(message)
                 return
         elif kind == START:
-            if self._takes(message):
+            try:
+                takes = self._takes(message)
+            except Exception as error:
+                _report(self._front_end, "response start", error)
+                takes = False
+            if takes:
                 self._held.append(message)
                 return
         else:
@@ -180,14 +194,10 @@ class _Response:
 
     def _takes(self, start: Message) -> bool:
         """Whether to hold the start of this response: a JSON body with final figures. Sets up a stream."""
-        try:
-            kind = _media_type(start)
-            if kind == b"text/event-stream":
-                self._splicer = EventSplicer(self._describe)
-            return kind == b"application/json" and _finished(self._ledgers)
-        except Exception as error:
-            _report(self._front_end, "response start", error)
-            return False
+        kind = _media_type(start)
+        if kind == b"text/event-stream":
+            self._splicer = EventSplicer(self._describe)
+        return kind == b"application/json" and _finished(self._ledgers)
 
     def _describe(self, response_id: str | None) -> bytes | None:
         text = self._front_end.describe(self._ledgers)
@@ -270,7 +280,7 @@ def _report(front_end: FrontEnd, where: str, error: Exception) -> None:
     try:
         front_end.failed(where, error)
     except Exception:
-        logger.exception("llmco2_vllm: failed at %s (%r) and could not count it", where, error)
+        logger.exception("llmco2: failed at %s (%r) and could not count it", where, error)
 
 
 def _route_path(scope: Scope) -> str:
@@ -284,7 +294,7 @@ async def _refresh(front_end: FrontEnd) -> None:
         async with asyncio.timeout(REFRESH_TIMEOUT_SECONDS):
             await front_end.refresh_metrics()
     except TimeoutError:
-        logger.debug("llmco2_vllm: the engine did not answer in time; the scrape shows the figures of the last one")
+        logger.debug("llmco2: the engine did not answer in time; the scrape shows the figures of the last one")
     except Exception as error:
         _report(front_end, "refresh_metrics", error)
 
@@ -319,13 +329,13 @@ def _authorized(scope: Scope) -> bool:
 
 async def _answer(front_end: FrontEnd, scope: Scope, receive: Receive, path: str) -> _Answer:
     """Answer of a ``/carbon`` endpoint."""
-    if not _authorized(scope):
-        return _json_answer(401, {"error": "Unauthorized"})
     methods = ("PUT",) if path == "/carbon/hook" else ("GET", "HEAD")
-    if scope["method"] not in methods:
-        allow = ", ".join(methods)
-        return _json_answer(405, {"error": f"{path} takes {allow}"}, [(b"allow", allow.encode())])
     try:
+        if not _authorized(scope):
+            return _json_answer(401, {"error": "Unauthorized"})
+        if scope["method"] not in methods:
+            allow = ", ".join(methods)
+            return _json_answer(405, {"error": f"{path} takes {allow}"}, [(b"allow", allow.encode())])
         if path == "/carbon":
             return _json_answer(200, await front_end.status())
         if path == "/carbon/hook":

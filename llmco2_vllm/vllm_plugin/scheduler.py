@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
-from llmco2_vllm.vllm_plugin.engine import start_hook
+from llmco2_vllm.vllm_plugin import compat, engine
 from llmco2_vllm.vllm_plugin.hook import EngineHook
+
+logger = logging.getLogger("vllm.llmco2")
 
 
 class CarbonMixin:
@@ -16,7 +19,16 @@ class CarbonMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.llmco2_hook = start_hook(kwargs.get("vllm_config") or getattr(self, "vllm_config", None))
+        self.llmco2_hook = None
+        try:
+            self.llmco2_hook = engine.start_hook(kwargs.get("vllm_config") or getattr(self, "vllm_config", None))
+        except Exception as error:
+            logger.error(
+                "llmco2: no figures from this engine (%s: %s), vLLM %s; serving goes on",
+                type(error).__name__,
+                error,
+                compat.host_version(),
+            )
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """The host's ``schedule``, and the price of what it decided."""

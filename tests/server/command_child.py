@@ -10,8 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import vllm.entrypoints.cli.main
 import vllm.entrypoints.cli.serve
@@ -19,19 +18,23 @@ import vllm.entrypoints.cli.serve
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Exit status, standard output and standard error of a command."""
-    with tempfile.TemporaryDirectory() as folder:
-        names = [Path(folder) / name for name in ("stdout", "stderr")]
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = os.fork()
         if process == 0:
-            for number, name in enumerate(names, 1):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+            for number, file in enumerate((stdout, stderr), 1):
+                os.dup2(file.fileno(), number)
             os.environ.update(case.get("environment", {}))
             sys.argv = ["vllm", *case["arguments"]]
             # What it raises reaches the interpreter, as in the command itself.
             sys.exit(vllm.entrypoints.cli.main.main())
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        stdout, stderr = (name.read_text(errors="replace") for name in names)
-    return {"status": status, "stdout": stdout, "stderr": stderr}
+        texts = {"stdout": _read(stdout), "stderr": _read(stderr)}
+    return {"status": status, **texts}
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from llmco2_vllm.vllm_plugin.compat import SYMBOLS, Symbol
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness import Engine, Server, make_core_request
 
+
 class Subject:
     """Stands in for a class of vLLM."""
 
@@ -172,9 +173,7 @@ def test_a_missing_symbol_is_one_warning_and_the_rest_runs(
     give_back = take_away(monkeypatch, key)
     config = engine_config(tiny_model, carbon={"intensity": 42})
     [warning] = [record.getMessage() for record in log_records if record.levelno >= logging.WARNING]
-    assert warning == (
-        f"llmco2: vLLM {compat.host_version()} lacks {LOSSES[key]}; the rest of the meter runs"
-    )
+    assert warning == f"llmco2: vLLM {compat.host_version()} lacks {LOSSES[key]}; the rest of the meter runs"
     give_back()
     server = Server(Engine(harness.make_scheduler(config)))
     server.add(make_core_request("a", 40, max_tokens=5))

@@ -61,8 +61,7 @@ def test_every_output_of_a_stream_shows_the_same_live_figures(
     server.add(make_core_request("a", 30, max_tokens=40, delta=True))
     seen = []
     while server.engine.scheduler.has_requests():
-        for output in server.step():
-            seen.append((output, output.carbon.ledger.steps, bool(output.carbon)))
+        seen += [(output, output.carbon.ledger.steps, bool(output.carbon)) for output in server.step()]
     assert [token for output, *_ in seen for token in output.outputs[0].token_ids] == [7] * 40
     assert len({steps for _, steps, _ in seen}) >= 3  # first, every sixteenth, last
     assert [known for *_, known in seen] == [False] * 39 + [True]

@@ -71,6 +71,16 @@ def test_a_client_that_hangs_up_before_its_stop_string_is_aborted_energy_too(cli
     assert change(before, after, REQUESTS) == 0
 
 
+def test_a_step_that_ran_after_a_stop_string_was_found_is_charged_or_aborted(clients: Clients) -> None:
+    before = clients.settled()
+    more = {"max_tokens": 60, "temperature": 0, "min_tokens": 3, "stop": ["a", "e", "o", " "]}
+    answer = clients.post("/v1/completions", prompt="Once upon a time", **more)
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    after = clients.settled()
+    accounted = change(before, after, REQUESTS) + change(before, after, ABORTED)
+    assert accounted == approx(change(before, after, ENERGY), rel=CONSERVED)
+
+
 def test_what_the_engine_spent_is_what_requests_were_charged_and_what_was_aborted(clients: Clients) -> None:
     before = clients.settled()
     carbons = [

@@ -1,0 +1,85 @@
+"""The README: every command in it runs as far as it can without doing its work, every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from llmco2_vllm.config import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL)
+    inline = re.findall(r"`((?:make|vllm serve|python -m) [^`]+)`", TEXT)
+    return sorted({line for block in blocks for line in block.splitlines() if line} | set(inline))
+
+
+def check_make(words: list[str]) -> None:
+    answer = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+
+
+def check_module(words: list[str]) -> None:
+    module, options = words[2], [word for word in words[3:] if word.startswith("--")]
+    answer = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert all(option in answer.stdout for option in options)
+
+
+def check_serve(words: list[str]) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from llmco2_vllm.vllm_plugin import flags, register
+
+    register()
+    parser = make_arg_parser(FlexibleArgumentParser())
+    if "--help=Carbon" in words:
+        assert any(group.title == "Carbon" for group in parser._action_groups)
+        return
+    arguments = parser.parse_args(["--model", words[2], *words[3:]])
+    assert flags.requested(arguments.carbon, arguments.carbon_config, None, {}) is not None
+
+
+def check_pip(words: list[str]) -> None:
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    assert words[1] in ("install", "uninstall") and words[2:] == [name]
+
+
+CHECKS = {"make": check_make, "python": check_module, "vllm": check_serve, "pip": check_pip}
+
+
+def test_the_readme_has_commands_of_every_kind() -> None:
+    assert {shlex.split(command)[0] for command in commands()} == CHECKS.keys()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_the_readme_is_understood(command: str) -> None:
+    words = shlex.split(command)
+    CHECKS[words[0]](words)
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+?)\)", TEXT)
+    assert targets
+    assert not [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+
+
+def test_every_setting_stands_in_the_table() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
+    assert [row for row in rows if not row.startswith("llmco2_")] == list(Settings.model_fields)
+
+
+def test_every_metric_stands_in_the_table() -> None:
+    from llmco2_vllm.telemetry.metrics import METRICS
+
+    assert set(re.findall(r"^\| `(llmco2_\w+)` \|", TEXT, re.MULTILINE)) == set(METRICS)
