@@ -105,15 +105,16 @@ def check_symbols(folder: Path, vllm_version: str) -> dict[str, bool]:
 
 
 def run_tests(folder: Path, path: str) -> dict[str, Any]:
-    """Outcome of a test file: numbers of passed and of all tests, and the names of those that did not pass."""
-    report = folder / "report.xml"
+    """Outcome of a test file: numbers of passed and of all tests, and which did not pass and why."""
+    report = folder / f"{Path(path).stem}.xml"
     report.unlink(missing_ok=True)
     arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", path)
     done = run_child(folder, *arguments)
     if not report.is_file():
         return {"passed": 0, "total": 0, "failed": [f"{path}: {(done.stdout + done.stderr).strip()[-500:]}"]}
     cases = list(ElementTree.parse(report).iter("testcase"))
-    failed = [f"{path}::{case.get('name')}" for case in cases if len(case.findall("*[@message]"))]
+    # A test that was skipped has a message too: it did not pass.
+    failed = [f"{path}::{case.get('name')}: {m.get('message')}" for case in cases for m in case.findall("*[@message]")]
     if done.returncode and not failed:
         failed = [f"{path}: pytest exited with {done.returncode}"]
     return {"passed": len(cases) - len(failed), "total": len(cases), "failed": failed}

@@ -28,12 +28,16 @@ def start_hook(vllm_config: Any) -> EngineHook:
     origin = Origin(_engine_index(vllm_config), provenance)
     speculative = vllm_config.speculative_config is not None
     hook = EngineHook(meter.monitor, origin, Guard("engine", compat.host_version()), speculative)
-    compat.add_method("engine_core", "llmco2_snapshot", _snapshot)
-    compat.add_method("engine_core", "llmco2_switch", _switch)
     logger.info(
         "llmco2: predictor %s, device %s, meter %s (%s)", provenance.predictor, meter.device.name, *provenance[1:]
     )
     return hook
+
+
+def add_utilities() -> None:
+    """Give the engine core the methods that front ends call, also where no hook will start."""
+    compat.add_method("engine_core", "llmco2_snapshot", _snapshot)
+    compat.add_method("engine_core", "llmco2_switch", _switch)
 
 
 def describe(vllm_config: Any) -> Deployment:

@@ -92,6 +92,9 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             raise SystemExit(f"vllm: error: {error}") from None
         if settings is not None:
             setattr(engine_args, ATTRIBUTE, settings)
+            # Further API servers are spawned with these arguments and meet our wrappers only after parsing them.
+            additional = getattr(args, "additional_config", None) or {}
+            args.additional_config = {**additional, "carbon": settings.model_dump(exclude_unset=True)}
             middleware = getattr(args, "middleware", None)
             if isinstance(middleware, list) and MIDDLEWARE not in middleware:
                 # A new list: the parser's default would be shared by every Namespace.

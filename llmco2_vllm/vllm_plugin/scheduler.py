@@ -21,6 +21,7 @@ class CarbonMixin:
         super().__init__(*args, **kwargs)
         self.llmco2_hook = None
         try:
+            engine.add_utilities()
             self.llmco2_hook = engine.start_hook(kwargs.get("vllm_config") or getattr(self, "vllm_config", None))
         except Exception as error:
             logger.error(

@@ -36,7 +36,7 @@ def described(outputs: list[Any]) -> list[dict[str, Any]]:
 
 
 def in_process(model: str) -> dict[str, Any]:
-    """Without carbon and then with it, the engine core in this very process."""
+    """Without carbon, then with it, then for embeddings, the engine core in this very process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
     plain = load(model)
@@ -55,36 +55,37 @@ def in_process(model: str) -> dict[str, Any]:
         "several": described(metered.generate(PROMPTS[:1], several, use_tqdm=False)),
         "spent": hook.llmco2_hook.snapshot(),
         "additional_config": metered.llm_engine.vllm_config.additional_config,
+        "refused": refused(model),
+        "embedded": embedded(model),
     }
 
 
-def speculative(model: str) -> dict[str, Any]:
-    """N-gram drafts, the engine core in a process of its own."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
-    llm = load(model, additional_config={"carbon": CARBON}, speculative_config=drafts)
-    sampling = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
-    repetitive = "one two three four one two three four one two three four one two"
-    outputs = llm.generate([repetitive, PROMPTS[0]], sampling, use_tqdm=False)
-    return {"outputs": described(outputs)}
-
-
-def embed(model: str) -> dict[str, Any]:
-    """Embeddings, the engine core in a process of its own."""
-    llm = load(model, runner="pooling", convert="embed", additional_config={"carbon": CARBON})
-    outputs = llm.embed(PROMPTS, use_tqdm=False)
-    return {"outputs": [{"carbon": dict(o.carbon), "prompt": len(o.prompt_token_ids)} for o in outputs]}
-
-
-def refused(model: str) -> dict[str, Any]:
+def refused(model: str) -> str:
     """What ``LLM`` says to an unknown key."""
     try:
         load(model, additional_config={"carbon": {"zoen": 1}})
     except ValueError as error:
-        return {"error": str(error)}
-    return {}
+        return str(error)
+    return ""
 
 
-CASES = {case.__name__: case for case in (in_process, speculative, embed, refused)}
+def embedded(model: str) -> list[dict[str, Any]]:
+    """Annotation and prompt tokens of embeddings."""
+    llm = load(model, runner="pooling", convert="embed", additional_config={"carbon": CARBON})
+    outputs = llm.embed(PROMPTS, use_tqdm=False)
+    return [{"carbon": dict(getattr(o, "carbon", None) or {}), "prompt": len(o.prompt_token_ids)} for o in outputs]
+
+
+def speculative(model: str) -> dict[str, Any]:
+    """N-gram drafts, the engine core in a process of its own."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 4}
+    llm = load(model, additional_config={"carbon": CARBON}, speculative_config=drafts)
+    sampling = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
+    repetitive = "one two three four one two three four one two three four one two"
+    return {"outputs": described(llm.generate([repetitive, PROMPTS[0]], sampling, use_tqdm=False))}
+
+
+CASES = {case.__name__: case for case in (in_process, speculative)}
 
 if __name__ == "__main__":
     print(json.dumps(CASES[sys.argv[1]](sys.argv[2])))

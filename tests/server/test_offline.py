@@ -74,14 +74,14 @@ def test_drafts_are_charged_and_those_rejected_are_said(speculative: dict[str, A
     assert rejected > 0, "sampled at temperature 1, some n-gram drafts are wrong"
 
 
-def test_embeddings_decode_nothing(child: Child, model_dir: Path) -> None:
-    for output in child("offline_child", "embed", str(model_dir))["outputs"]:
+def test_embeddings_decode_nothing(in_process: dict[str, Any]) -> None:
+    for output in in_process["embedded"]:
         assert_tokens(checked(output["carbon"]), output["prompt"], 0, sequences=0)
         assert output["carbon"]["estimate"]["decode_joules"] == 0
 
 
-def test_an_unknown_key_is_a_value_error_that_names_it(child: Child, model_dir: Path) -> None:
-    error = child("offline_child", "refused", str(model_dir))["error"]
+def test_an_unknown_key_is_a_value_error_that_names_it(in_process: dict[str, Any]) -> None:
+    error = in_process["refused"]
     assert "'zoen'" in error
     assert "'zone'" in error
     assert "\n" not in error

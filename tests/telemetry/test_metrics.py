@@ -91,3 +91,10 @@ def test_every_metric_of_the_table_is_fed() -> None:
     text = generate_latest(registry).decode()
     for name in METRICS:
         assert re.search(rf"^{name}(_sum)?{{", text, re.MULTILINE), name
+
+
+def test_a_second_engine_in_one_process_goes_on_in_the_same_metrics() -> None:
+    first, registry = make()
+    first.engine(snapshot(prefill_joules=5.0), 0.0)
+    Recorder(IDENTITY, registry).engine(snapshot(prefill_joules=2.0), 0.0)
+    assert energy(registry, "0", "prefill") == 7.0

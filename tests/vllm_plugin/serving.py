@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,10 +43,11 @@ class Deployment:
         drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
         self.drafting = self._server(folder, tokenizer, speculative=drafting)
         self.app: Any = self._answer
+        self.front_end: Any = frontend._front_end
         if carbon:
             client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=self._call_engine))
-            if frontend._front_end is not None:
-                frontend._front_end.engine_client = lambda: client
+            if self.front_end is not None:
+                self.front_end.engine_client = lambda: client
             self.app = CarbonMiddleware(self._answer)
 
     def _server(self, folder: Path, tokenizer: Any, blocks: int = 2000, **options: Any) -> Server:
@@ -71,6 +71,8 @@ class Deployment:
     async def _answer(self, request: Scope, receive: Receive, send: Send) -> None:
         if request["path"] == "/metrics":
             messages = [start(b"text/plain"), *body_messages([b"vllm:x 1\n"])]
+        elif request["path"] not in ANSWERS:
+            messages = [start(b"text/plain", status=404), *body_messages([b"not found"])]
         else:
             streams, jobs = ANSWERS[request["path"]]
             for number, job in enumerate(jobs):
@@ -172,5 +174,3 @@ def without_carbon(value: dict[str, Any]) -> dict[str, Any]:
     """``value`` as the server made it."""
     usage = {key: item for key, item in value.get("usage", {}).items() if key != "carbon"}
     return {key: item for key, item in value.items() if key != "carbon"} | ({"usage": usage} if usage else {})
-
-
