@@ -36,14 +36,18 @@ async def stream(client: httpx.AsyncClient, seed: int, tokens: int) -> tuple[flo
     # Distinct words: the prefix cache must not make later rounds cheaper.
     rng = random.Random(seed)
     prompt = " ".join(str(rng.randrange(10_000)) for _ in range(32))
-    body = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
-    times = []
+    body = {
+        "model": MODEL,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 0,
+    }
     begin = perf_counter()
     async with client.stream("POST", "/v1/completions", json=body) as response:
         response.raise_for_status()
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                times.append(perf_counter())
+        times = [perf_counter() async for line in response.aiter_lines() if line.startswith("data: {")]
     return times[0] - begin, (times[-1] - times[0]) / (len(times) - 1)
 
 

@@ -167,8 +167,8 @@ class StepMonitor:
         self._totals.step_seconds += done - window.begin_seconds
         return window
 
-    def finish(self, request_id: str, aborted: bool) -> RequestCharge | None:
-        """Close a request's ledger and book it as finished or aborted."""
+    def finish(self, request_id: str) -> RequestCharge | None:
+        """Close a request's ledger; None if there was none. Say how it ended with :meth:`conclude`."""
         charge = self.book.leave(request_id)
         self._priced = None  # the run has lost a request
         if charge is None:
@@ -177,12 +177,16 @@ class StepMonitor:
         totals.cached_tokens += charge.cached_tokens
         totals.recomputed_tokens += charge.recomputed_tokens
         totals.rejected_draft_tokens += charge.rejected_draft_tokens
-        if aborted:
-            totals.aborted_requests += 1
-            totals.aborted_joules += charge.prefill_joules + charge.decode_joules
-        else:
-            totals.finished_requests += 1
         return charge
+
+    def conclude(self, spent_joules: float, reported_joules: float) -> None:
+        """Book a closed ledger: what its client was told, and the rest as aborted. 0 told means it was aborted."""
+        totals = self._totals
+        totals.aborted_joules += spent_joules - reported_joules
+        if reported_joules:
+            totals.finished_requests += 1
+        else:
+            totals.aborted_requests += 1
 
     def reset(self) -> None:
         """Forget open ledgers and tickets; the totals stay."""

@@ -76,6 +76,11 @@ class RequestCharge:
         self.entered: DecodeSums | None = None
         self.offset = 0
 
+    @property
+    def energy_joules(self) -> float:
+        """Both phases."""
+        return self.prefill_joules + self.decode_joules
+
     def rewind(self, start: int, known: int) -> None:
         """A preempted request comes back behind ``start`` tokens and replays what it had computed."""
         self.high_water = max(self.high_water, self.computed)

@@ -130,14 +130,15 @@ class Recorder:
         """
         engine = str(snapshot["engine"])
         labels = (self.identity.model_name, engine)
+        source = f"{engine} since {snapshot['started_seconds']}"
         for phase in _PHASES:
-            joules = self._new(engine, f"{phase}_joules", snapshot[f"{phase}_joules"])
+            joules = self._new(source, f"{phase}_joules", snapshot[f"{phase}_joules"])
             self._metrics["llmco2_predicted_energy_joules_total"].labels(*labels, phase).inc(joules)
             self._metrics["llmco2_predicted_carbon_grams_total"].labels(*labels, phase).inc(joules * grams_per_joule)
-            tokens = self._new(engine, f"{phase}_tokens", snapshot[f"{phase}_tokens"])
+            tokens = self._new(source, f"{phase}_tokens", snapshot[f"{phase}_tokens"])
             self._metrics["llmco2_tokens_total"].labels(*labels, phase).inc(tokens)
         for name, field in _SNAPSHOT_COUNTERS.items():
-            self._metrics[name].labels(*labels).inc(self._new(engine, field, snapshot[field]))
+            self._metrics[name].labels(*labels).inc(self._new(source, field, snapshot[field]))
         self.failures(engine, snapshot["failures"])
         provenance = snapshot["provenance"]
         self._metrics["llmco2_build_info"].labels(
@@ -154,7 +155,8 @@ class Recorder:
         for where, count in failures.items():
             counter.labels(self.identity.model_name, side, where).inc(self._new(side, f"failure {where}", count))
 
-    def _new(self, engine: str, field: str, value: float) -> float:
-        last = self._seen.get((engine, field), 0.0)
-        self._seen[engine, field] = value
-        return value - last if value >= last else value
+    def _new(self, source: str, field: str, value: float) -> float:
+        # Two pulls may be under way: one that was overtaken brings nothing.
+        last = self._seen.get((source, field), 0.0)
+        self._seen[source, field] = max(value, last)
+        return max(value - last, 0.0)

@@ -43,9 +43,17 @@ SYMBOLS: dict[str, Symbol] = {
     "process_outputs": Symbol(
         "vllm.v1.engine.output_processor", "OutputProcessor", "process_outputs", "figures in responses"
     ),
+    "abort_requests": Symbol(
+        "vllm.v1.engine.output_processor", "OutputProcessor", "abort_requests", "aborted energy of stop strings"
+    ),
     "new_request_output": Symbol(
         "vllm.v1.engine.output_processor", "RequestState", "_new_request_output", "RequestOutput.carbon"
     ),
+    "embedding_output": Symbol("vllm.outputs", "EmbeddingRequestOutput", "from_base", "carbon of LLM.embed"),
+    "classification_output": Symbol(
+        "vllm.outputs", "ClassificationRequestOutput", "from_base", "carbon of LLM.classify"
+    ),
+    "scoring_output": Symbol("vllm.outputs", "ScoringRequestOutput", "from_base", "carbon of LLM.score"),
 }
 
 

@@ -64,10 +64,16 @@ def _engine_index(vllm_config: Any) -> int:
     return int(parallel.data_parallel_rank if index is None else index)
 
 
-def _snapshot(self: Any) -> str:
-    """Utility method of EngineCore: the hook's cumulative figures as JSON text."""
+def _snapshot(self: Any, counted: str) -> str:
+    """Utility method of EngineCore: the hook's cumulative figures as JSON text.
+
+    counted: JSON text, joules by id of the requests that this front end ended since its last call.
+    """
     hook: EngineHook | None = getattr(self.scheduler, "llmco2_hook", None)
-    return json.dumps(hook.snapshot()) if hook is not None else "{}"
+    if hook is None:
+        return "{}"
+    hook.guard.call("decide", hook.decide, json.loads(counted))
+    return json.dumps(hook.snapshot())
 
 
 def _switch(self: Any, on: bool) -> bool:

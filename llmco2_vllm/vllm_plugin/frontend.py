@@ -77,6 +77,7 @@ class CarbonFrontEnd:
         self.log = RequestLog(_request_log_path())
         self.self_check = compat.self_check()
         self.engine_client: Callable[[], Any] = lambda: None
+        self._counted: dict[str, float] = {}
         self._recorder: Any = None
         self._pull: asyncio.Task[None] | None = None
 
@@ -109,9 +110,21 @@ class CarbonFrontEnd:
         """Mark the ledgers whose request has left, and count them."""
         for request_id, ledger in received:
             if request_id not in states:
-                # Ended here by a stop string: the engine sent its figures with this very output.
+                if not ledger.complete:
+                    # Ended here by a stop string: the engine sent its figures with this very output.
+                    self._ended_here(request_id, ledger.ledger.energy_joules)
                 ledger.complete = ledger.finished = True
                 self.recorder.request_finished(ledger.ledger.engine, ledger.ledger.energy_joules)
+
+    def abandoned(self, request_ids: Sequence[str]) -> None:
+        """The clients of these requests have left."""
+        for request_id in request_ids:
+            self._ended_here(request_id, 0.0)
+
+    def _ended_here(self, request_id: str, joules: float) -> None:
+        # Only a server asks its engines for snapshots, which take this along.
+        if self.engine_client() is not None:
+            self._counted[request_id] = joules
 
     def carbon_of(self, state: Any) -> RequestCarbon | None:
         """The live view for a request's output, or None where no ledger was opened."""
@@ -155,8 +168,8 @@ class CarbonFrontEnd:
         self.guard.failed(where, error, switch_off=False)
 
     def started(self) -> None:
-        """Begin the periodic pull, once, where this process owns the engine-wide figures."""
-        if self._pull is None and (client := self.engine_client()) is not None and compat.client_index(client) == 0:
+        """Begin the periodic pull, once."""
+        if self._pull is None and self.engine_client() is not None:
             self._pull = asyncio.get_running_loop().create_task(self._pull_forever())
 
     async def snapshots(self) -> list[dict[str, Any]]:
@@ -164,13 +177,13 @@ class CarbonFrontEnd:
         client = self.engine_client()
         if client is None:
             return []
-        answers = await compat.call_engines(client, "llmco2_snapshot")
+        counted, self._counted = self._counted, {}
+        answers = await compat.call_engines(client, "llmco2_snapshot", json.dumps(counted))
         return [snapshot for answer in answers if (snapshot := json.loads(answer))]
 
     async def refresh_metrics(self) -> None:
-        """Pull now, before a scrape, where this process owns the engine-wide figures."""
-        client = self.engine_client()
-        if client is not None and compat.client_index(client) == 0:
+        """Pull now, before a scrape."""
+        if self.engine_client() is not None:
             await self._record()
 
     async def switch(self, on: bool) -> dict[str, Any] | None:
@@ -212,7 +225,10 @@ class CarbonFrontEnd:
         accounting, recorder = self.accounting, self.recorder
         recorder.intensity(accounting.grams_per_kwh, accounting.zone or "", accounting.source, accounting.method)
         recorder.failures("front_end", self.guard.failures)
-        for snapshot in await self.snapshots():
+        snapshots = await self.snapshots()
+        if compat.client_index(self.engine_client()) != 0:
+            return  # another API server counts the engine-wide figures
+        for snapshot in snapshots:
             recorder.engine(snapshot, accounting.operational_grams(1.0))
 
     async def _pull_forever(self) -> None:
@@ -249,7 +265,10 @@ def enable(settings: Settings, vllm_config: Any) -> None:
     compat.wrap("async_llm", _async_llm_init)
     compat.wrap("add_request", _add_request)
     compat.wrap("process_outputs", _process_outputs)
+    compat.wrap("abort_requests", _abort_requests)
     compat.wrap("new_request_output", _new_request_output)
+    for key in ("embedding_output", "classification_output", "scoring_output"):
+        compat.wrap(key, _from_base)
 
 
 def _request_log_path() -> str:
@@ -297,6 +316,27 @@ def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return process_outputs
+
+
+def _abort_requests(original: Callable[..., Any]) -> Callable[..., Any]:
+    def abort_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request_ids = original(self, *args, **kwargs)
+        if _front_end is not None:
+            _front_end.guard.call("abort_requests", _front_end.abandoned, request_ids)
+        return request_ids
+
+    return abort_requests
+
+
+def _from_base(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_base(request_output: Any, *args: Any, **kwargs: Any) -> Any:
+        # The offline pooling calls rebuild their outputs.
+        output = original(request_output, *args, **kwargs)
+        if (carbon := getattr(request_output, "carbon", None)) is not None:
+            output.carbon = carbon
+        return output
+
+    return from_base
 
 
 def _new_request_output(original: Callable[..., Any]) -> Callable[..., Any]:

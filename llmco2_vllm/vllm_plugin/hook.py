@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 from llmco2_vllm.core.ledgers import RequestCharge
@@ -19,6 +19,8 @@ from llmco2_vllm.vllm_plugin.translate import StepReader
 
 # Steps between ledgers that are sent although nothing happened to their request.
 PERIOD_STEPS = 16
+# Requests kept until the front end has said whether they ended or their client left.
+MOST_UNDECIDED = 10_000
 _ABORTED = ("FINISHED_ABORTED", "FINISHED_ERROR")
 
 
@@ -30,11 +32,16 @@ class EngineHook:
         self.origin = origin
         self.guard = guard
         self.reader = StepReader(monitor, self._joined, speculative)
+        self.started_seconds = time()
         self.hook_seconds = 0.0
         self._unsent: set[str] = set()
         self._every_output: set[str] = set()
         self._parked: dict[str, RequestCharge] = {}
         self._strangers: set[str] = set()
+        # Requests with stop strings end in the front end, and the engine sees an abort either way. Joules
+        # of those that are gone here, and what the front end counted of those still here.
+        self._ended: dict[str, float] = {}
+        self._counted: dict[str, float] = {}
         self._cursor = 0
 
     # -- schedule() -----------------------------------------------------------------------
@@ -121,13 +128,34 @@ class EngineHook:
         request_id = request.request_id
         aborted = request.status.name in _ABORTED
         self.reader.forget(request_id)
-        stopped_in_front_end = request_id in self._every_output
+        undecided = aborted and request_id in self._every_output
         self._unsent.discard(request_id)
         self._every_output.discard(request_id)
-        charge = self.monitor.finish(request_id, aborted and not stopped_in_front_end)
-        if charge is not None and request_id not in self._strangers:
+        charge = self.monitor.finish(request_id)
+        if charge is None:
+            return
+        if undecided:
+            self._ended[request_id] = charge.energy_joules
+            if request_id in self._counted:
+                self._decide(request_id, self._counted.pop(request_id))
+            while len(self._ended) > MOST_UNDECIDED:
+                self._decide(next(iter(self._ended)), 0.0)
+        else:
+            self.monitor.conclude(charge.energy_joules, 0.0 if aborted else charge.energy_joules)
+        if request_id not in self._strangers:
             self._parked[request_id] = charge
         self._strangers.discard(request_id)
+
+    def decide(self, counted: Mapping[str, float]) -> None:
+        """What the front end counted, in joules, of requests it ended itself; 0 where the client left."""
+        for request_id, joules in counted.items():
+            if request_id in self._ended:
+                self._decide(request_id, joules)
+            elif request_id in self._every_output:
+                self._counted[request_id] = joules
+
+    def _decide(self, request_id: str, joules: float) -> None:
+        self.monitor.conclude(self._ended.pop(request_id), joules)
 
     def preempted(self, request: Any) -> None:
         """The scheduler takes a running request's KV cache away; it will replay its tokens."""
@@ -142,12 +170,14 @@ class EngineHook:
             self._unsent.clear()
             self._every_output.clear()
             self._parked.clear()
+            self._counted.clear()
         self.guard.active = on
 
     def snapshot(self) -> dict[str, Any]:
         """Cumulative figures and identity, for the front end; plain JSON values."""
         return {
             "engine": self.origin.engine,
+            "started_seconds": self.started_seconds,
             "active": self.guard.active,
             "provenance": self.origin.provenance._asdict(),
             "failures": dict(self.guard.failures),

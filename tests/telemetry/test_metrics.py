@@ -20,6 +20,7 @@ IDENTITY = Identity("a model", "0.1.0", "0.32.0")
 def snapshot(engine: int = 0, **values: Any) -> dict[str, Any]:
     return {
         "engine": engine,
+        "started_seconds": 1.0,
         "provenance": {"predictor": "roofline/1-cpu", "meter": "none", "meter_reason": "why"},
         "failures": {},
         "hook_seconds": 0.0,
@@ -51,9 +52,16 @@ def test_snapshots_that_get_lost_cost_nothing(gains: list[float], lost: set[int]
 
 def test_an_engine_that_began_anew_is_counted_from_zero() -> None:
     recorder, registry = make()
-    for joules in (10.0, 4.0, 5.0):
-        recorder.engine(snapshot(decode_joules=joules), 0.0)
+    for started, joules in ((1.0, 10.0), (2.0, 4.0), (2.0, 5.0)):
+        recorder.engine(snapshot(decode_joules=joules, started_seconds=started), 0.0)
     assert energy(registry, "0", "decode") == pytest.approx(15.0)
+
+
+def test_a_snapshot_that_was_overtaken_brings_nothing() -> None:
+    recorder, registry = make()
+    for joules in (10.0, 4.0, 12.0):
+        recorder.engine(snapshot(decode_joules=joules), 0.0)
+    assert energy(registry, "0", "decode") == pytest.approx(12.0)
 
 
 def test_engines_are_counted_apart() -> None:
