@@ -109,7 +109,9 @@ class StepMonitor:
         if estimate is None or self._repeats >= self._repeats_allowed:
             estimate = self._price_run()
         self._repeats += 1
-        return self._open(key, estimate)
+        ticket = Ticket(key, self._clock(), estimate)
+        self._tickets.append(ticket)
+        return ticket
 
     def _price_run(self) -> Estimate:
         shape = self.book.shape([])
@@ -153,19 +155,29 @@ class StepMonitor:
 
         Outputs come in the order the steps were scheduled; tickets that were passed over are lost.
         """
-        tickets = self._tickets
-        if not tickets or (tickets[0].key is not key and all(ticket.key is not key for ticket in tickets)):
-            self._totals.lost_tickets += 1
-            return None
-        ticket = tickets.popleft()
-        while ticket.key is not key:
-            self._totals.lost_tickets += 1
-            ticket = tickets.popleft()
+        ticket = self._tickets.popleft() if self._tickets else None
+        if ticket is None or ticket.key is not key:
+            ticket = self._search(key, ticket)
+            if ticket is None:
+                return None
         done = self._clock()
         window = StepWindow(max(ticket.scheduled_seconds, self._last_done), done, ticket.estimate)
         self._last_done = done
         self._totals.step_seconds += done - window.begin_seconds
         return window
+
+    def _search(self, key: object, first: Ticket | None) -> Ticket | None:
+        """The ticket of ``key`` behind ``first``, which was taken from the queue; what is before it is lost."""
+        tickets = self._tickets
+        if all(ticket.key is not key for ticket in tickets):
+            if first is not None:
+                tickets.appendleft(first)
+            self._totals.lost_tickets += 1
+            return None
+        self._totals.lost_tickets += 1
+        while (ticket := tickets.popleft()).key is not key:
+            self._totals.lost_tickets += 1
+        return ticket
 
     def finish(self, request_id: str) -> RequestCharge | None:
         """Close a request's ledger; None if there was none. Say how it ended with :meth:`conclude`."""

@@ -83,17 +83,21 @@ class EngineHook:
         Due are the first and the last output of a request, every output of one with stop strings,
         and every 16th step one other in turn: a live figure at a cost independent of the batch.
         """
+        self._cursor += 1
+        periodic = self._cursor % PERIOD_STEPS == 0
+        due = bool(self._unsent or self._every_output or self._parked)
+        if not (periodic or due):
+            return
         begin = perf_counter()
         for outputs in (outputs_by_client or {}).values():
-            if outputs.outputs:
+            if due:
                 self._attach_due(outputs.outputs)
+            if periodic and outputs.outputs:
                 self._attach_periodic(outputs.outputs)
         self._parked.clear()
         self.hook_seconds += perf_counter() - begin
 
     def _attach_due(self, outputs: Iterable[Any]) -> None:
-        if not (self._unsent or self._every_output or self._parked):
-            return
         for output in outputs:
             request_id = output.request_id
             if (charge := self._parked.get(request_id)) is not None:
@@ -103,9 +107,6 @@ class EngineHook:
                 self._send_running(output)
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
-        self._cursor += 1
-        if self._cursor % PERIOD_STEPS:
-            return
         output = outputs[self._cursor // PERIOD_STEPS % len(outputs)]
         if KEY not in (output.trace_headers or ()) and output.request_id not in self._strangers:
             self._send_running(output)

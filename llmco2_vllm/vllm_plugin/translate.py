@@ -1,8 +1,8 @@
 """From a host's SchedulerOutput and requests to the ledger book's slices.
 
 Only attributes that are the same in all supported versions are read: ``num_scheduled_tokens``,
-``scheduled_spec_decode_tokens`` and ``scheduled_encoder_inputs`` of the output and
-``num_computed_tokens``, ``num_tokens``, ``num_prompt_tokens`` of a request, which ``schedule()``
+``total_num_scheduled_tokens``, ``scheduled_spec_decode_tokens`` and ``scheduled_encoder_inputs`` of
+the output and ``num_computed_tokens``, ``num_tokens``, ``num_prompt_tokens`` of a request, which ``schedule()``
 has already advanced when we look.
 """
 
@@ -31,18 +31,21 @@ class StepReader:
         self._monitor = monitor
         self._on_join = on_join
         self._speculative = speculative
-        self._steady: Mapping[str, int] | None = None
+        self._steady: list[str] | None = None
         self._preempted: set[str] = set()
         self._others: list[tuple[str, int]] = []
 
     def is_steady(self, output: Any) -> bool:
-        """Whether the step repeats the last one: the same requests, one decode token each.
+        """Whether the step repeats the last one: the same requests in the same order, one decode token each.
 
-        Dict equality is checked in C, and is quick because keys are identical objects.
+        As many tokens as requests means one each. The ids are the scheduler's own string objects, so
+        the comparison is one of pointers, in C.
         """
+        scheduled = output.num_scheduled_tokens
         return (
             self._steady is not None
-            and output.num_scheduled_tokens == self._steady
+            and output.total_num_scheduled_tokens == len(scheduled)
+            and list(scheduled) == self._steady
             and not output.scheduled_spec_decode_tokens
             and not output.scheduled_encoder_inputs
         )
@@ -74,7 +77,7 @@ class StepReader:
         if len(scheduled) - len(others) != len(decoding):
             for request_id in [r for r in decoding if scheduled.get(r) != 1]:
                 book.interrupt(request_id)
-        self._steady = None if others else scheduled
+        self._steady = None if others else list(scheduled)
         self._others = others
         return [self._slice(request_id, tokens, requests[request_id]) for request_id, tokens in others]
 
