@@ -16,8 +16,9 @@ from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 
-# Growth of the total context after which a steady step is priced anew (docs/adr/0002).
+# A steady step is priced anew after this growth of the total context, and not before so many steps (docs/adr/0002).
 REPRICE_RATIO = 0.01
+REPRICE_STEPS = 16
 
 
 class Ticket(NamedTuple):
@@ -101,9 +102,9 @@ class StepMonitor:
     def begin_steady(self, key: object) -> Ticket:
         """As :meth:`begin` for a step of decoding requests alone, the same as in the step before.
 
-        The predictor is asked again once their total context has grown by ``REPRICE_RATIO``; in
-        between its rates hold, which is exact for every kernel whose bound does not change, and a
-        step is only counted.
+        The predictor is asked again once their total context has grown by ``REPRICE_RATIO`` and
+        ``REPRICE_STEPS`` have passed. In between its rates hold, which is exact for every kernel whose
+        bound does not change, and a step is only counted.
         """
         estimate = self._priced
         if estimate is None or self._repeats >= self._repeats_allowed:
@@ -117,7 +118,7 @@ class StepMonitor:
         shape = self.book.shape([])
         self._priced = estimate = self.predictor.estimate(shape)
         tokens, pairs = shape.decode.tokens, shape.decode.pairs
-        self._repeats_allowed = 1 + int(REPRICE_RATIO * pairs / tokens) if tokens else 1
+        self._repeats_allowed = max(REPRICE_STEPS, int(REPRICE_RATIO * pairs / max(tokens, 1)))
         return estimate
 
     def _catch_up(self) -> None:

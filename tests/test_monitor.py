@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate
-from llmco2_vllm.core.hardware import Topology, device_by_name
+from llmco2_vllm.core.hardware import DeviceSpec, Topology, device_by_name
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.monitor import StepMonitor, empty_batch_costs_nothing
 from llmco2_vllm.predictor.calibration import RooflineCalibration
@@ -22,6 +23,21 @@ LLAMA_8B = ModelSpec(32, 4096, 32, 8, 128, 14336, 128256)
 
 def roofline() -> RooflinePredictor:
     return RooflinePredictor(LLAMA_8B, device_by_name("h100-sxm"), Topology(), RooflineCalibration.load())
+
+
+CPU = DeviceSpec("cpu", "cpu", {"fp32": 3e11, "bf16": 3e11, "fp16": 3e11}, 2e10, 16e9, 20.0, 10.0, cores=2)
+EXPERTS = ModelSpec(
+    48, 2048, 32, 4, 128, 6144, 151936, experts=128, experts_per_token=8, moe_intermediate=768, moe_layers=48
+)
+CALIBRATION = RooflineCalibration.load()
+PREDICTORS = {
+    "dense on a GPU": roofline(),
+    "sliding window": RooflinePredictor(
+        replace(LLAMA_8B, sliding_window=1024, sliding_layers=26), device_by_name("h100-sxm"), Topology(), CALIBRATION
+    ),
+    "experts": RooflinePredictor(EXPERTS, device_by_name("b200"), Topology(4), CALIBRATION),
+    "on a CPU": RooflinePredictor(LLAMA_8B, CPU, Topology(), CALIBRATION),
+}
 
 
 def start(monitor: StepMonitor, contexts: list[int]) -> None:
@@ -92,11 +108,10 @@ def test_what_steady_steps_cost_is_what_their_requests_pay(contexts: list[int], 
     assert spent(monitor) == pytest.approx(monitor.totals.decode_joules, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["dense on a GPU", "sliding window", "experts", "on a CPU"])
 @given(st.lists(st.integers(1, 20000), min_size=1, max_size=20), st.integers(1, 400))
-def test_rates_that_hold_for_one_percent_of_context_err_by_less_than_a_thousandth(
-    contexts: list[int], count: int
-) -> None:
-    predictor = roofline()
+def test_rates_that_hold_for_a_while_err_by_less_than_a_thousandth(name: str, contexts: list[int], count: int) -> None:
+    predictor = PREDICTORS[name]
     monitor = StepMonitor(predictor)
     start(monitor, contexts)
     exact = 0.0
@@ -124,7 +139,7 @@ def test_the_predictor_is_asked_seldom_in_steady_decode() -> None:
     start(monitor, [10_000] * 4)
     for _ in range(1000):
         monitor.begin_steady(object())
-    assert Counting.asked == 10
+    assert 9 <= Counting.asked <= 10
 
 
 def test_an_aborted_request_is_booked_apart() -> None:
