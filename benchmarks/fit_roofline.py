@@ -173,9 +173,10 @@ def calibration(coefficients: Coefficients, decode: Interval = CERTAIN) -> Roofl
 CPU = KindCalibration(
     Coefficients(0.5, 0.8, 0.7, 0.7, 1.0, 2e-3, 5e-5, 5e-5, 0.0, 1.0, 0.0, 0.0),
     calibrated_devices=(),
-    decode=Interval(0.33, 3.0),
-    prefill=Interval(0.33, 3.0),
-    unknown=Interval(0.33, 3.0),
+    # Declared wide: on one shared two-core host vLLM's measured step time was far above the prediction.
+    decode=Interval(0.2, 8.0),
+    prefill=Interval(0.2, 8.0),
+    unknown=Interval(0.2, 8.0),
 )
 
 
