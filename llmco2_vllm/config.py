@@ -64,7 +64,10 @@ class Settings(BaseModel):
         if value is None:
             return None
         folder = value.expanduser()
-        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        try:
+            nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        except OSError as error:
+            raise ValueError(f"a folder that can be written ({error})") from None
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"a folder that can be written ({nearest} is not one)")
         return folder
@@ -72,7 +75,11 @@ class Settings(BaseModel):
     @field_validator("predictor")
     @classmethod
     def _known_predictor(cls, value: str) -> str:
-        if value != "roofline" and not Path(value).expanduser().is_file():
+        try:
+            found = value == "roofline" or Path(value).expanduser().is_file()
+        except OSError:
+            found = False
+        if not found:
             raise ValueError("'roofline' or the path of a predictor bundle that exists")
         return value
 

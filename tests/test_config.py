@@ -87,6 +87,8 @@ def test_the_flag_wins_over_the_call_and_the_call_over_the_environment() -> None
     [
         (False, None, None, {}, False),
         (False, None, {"carbon": False}, {}, False),
+        (False, None, {"carbon": False}, {"LLMCO2_CARBON": "1"}, False),
+        (True, None, {"carbon": False}, {}, True),
         (False, None, {"other": 1}, {"LLMCO2_ZONE": "FR"}, False),
         (True, None, None, {"LLMCO2_CARBON": "0"}, True),
         (False, ["{}"], None, {}, True),

@@ -53,7 +53,9 @@ METRICS: dict[str, Metric] = {
         Counter, "Measured duration of the steps, tiled over busy time.", _ENGINE
     ),
     "llmco2_predicted_step_duration_seconds_total": Metric(Counter, "Predicted duration of the same steps.", _ENGINE),
-    "llmco2_hook_duration_seconds_total": Metric(Counter, "Time our hook added to the scheduler thread.", _ENGINE),
+    "llmco2_hook_duration_seconds_total": Metric(
+        Counter, "Time the hook spent pricing steps and writing ledgers.", _ENGINE
+    ),
     "llmco2_hook_failures_total": Metric(
         Counter, "Exceptions of ours that were caught; the hook that failed is off.", ("model_name", "engine", "where")
     ),

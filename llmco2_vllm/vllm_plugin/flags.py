@@ -34,7 +34,8 @@ def requested(
     from llmco2_vllm import config
 
     asked = additional_config.get("carbon") if isinstance(additional_config, Mapping) else None
-    if not (flag or flag_values is not None or asked not in (None, False) or config.enabled_by_environment(environ)):
+    flagged = flag or flag_values is not None
+    if not flagged and (asked is False or (asked is None and not config.enabled_by_environment(environ))):
         return None
     from llmco2_vllm.assemble import check_settings
 
@@ -97,8 +98,9 @@ def _from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
             args.additional_config = {**additional, "carbon": settings.model_dump(exclude_unset=True)}
             middleware = getattr(args, "middleware", None)
             if isinstance(middleware, list) and MIDDLEWARE not in middleware:
-                # A new list: the parser's default would be shared by every Namespace.
-                args.middleware = [*middleware, MIDDLEWARE]
+                # First is innermost: an operator's own authentication stays in front of our endpoints. A new
+                # list: the parser's default would be shared by every Namespace.
+                args.middleware = [MIDDLEWARE, *middleware]
         return engine_args
 
     return from_cli_args

@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 import os
+import sqlite3
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -27,6 +28,7 @@ from llmco2_vllm.vllm_plugin.guard import Guard
 logger = logging.getLogger("vllm.llmco2")
 
 PULL_SECONDS = 5.0
+MOST_COUNTED = 10_000
 _ATTRIBUTE = "llmco2_ledgers"
 _CALL: ContextVar[list[RequestLedger] | None] = ContextVar("llmco2_call", default=None)
 
@@ -83,8 +85,12 @@ class CarbonFrontEnd:
 
     # -- what the wrappers call -----------------------------------------------------------
 
-    def track(self, state: Any, parent: Any) -> None:
-        """Open the ledger of a request state; sequences of one request share their parent's list."""
+    def track(self, processor: Any, request: Any) -> None:
+        """Open the ledger of a request; sequences of one request share their parent's list."""
+        state = processor.request_states.get(request.request_id)
+        if state is None or hasattr(state, "llmco2_ledger"):
+            return  # gone already, or a further turn of a session
+        parent = state.parent_req
         ledger = RequestLedger(self.model_name)
         state.llmco2_ledger = ledger
         siblings: list[RequestLedger] = getattr(parent, _ATTRIBUTE, []) if parent is not None else []
@@ -94,8 +100,9 @@ class CarbonFrontEnd:
         if call is not None:
             call.append(ledger)
 
-    def receive(self, states: Mapping[str, Any], outputs: Sequence[Any]) -> list[tuple[str, RequestLedger]]:
+    def receive(self, processor: Any, outputs: Sequence[Any]) -> list[tuple[str, RequestLedger]]:
         """Take over the ledgers that came with ``outputs``; those requests' ids and ledgers."""
+        states = processor.request_states
         received = []
         for output in outputs:
             headers = output.trace_headers
@@ -106,8 +113,9 @@ class CarbonFrontEnd:
                     received.append((output.request_id, ledger))
         return received
 
-    def settle(self, states: Mapping[str, Any], received: Sequence[tuple[str, RequestLedger]]) -> None:
+    def settle(self, processor: Any, received: Sequence[tuple[str, RequestLedger]]) -> None:
         """Mark the ledgers whose request has left, and count them."""
+        states = processor.request_states
         for request_id, ledger in received:
             if request_id not in states:
                 if not ledger.complete:
@@ -122,9 +130,11 @@ class CarbonFrontEnd:
             self._ended_here(request_id, 0.0)
 
     def _ended_here(self, request_id: str, joules: float) -> None:
-        # Only a server asks its engines for snapshots, which take this along.
-        if self.engine_client() is not None:
+        # Goes along with the next pull, where there is one; what waits longest for a failing one is dropped.
+        if self._pull is not None:
             self._counted[request_id] = joules
+            if len(self._counted) > MOST_COUNTED:
+                del self._counted[next(iter(self._counted))]
 
     def carbon_of(self, state: Any) -> RequestCarbon | None:
         """The live view for a request's output, or None where no ledger was opened."""
@@ -156,8 +166,11 @@ class CarbonFrontEnd:
         ]
 
     def remember(self, response_id: str, annotation_json: str) -> None:
-        """Keep a finished request for ``GET /carbon/requests/{id}``."""
-        self.log.remember(response_id, annotation_json)
+        """Keep a finished request for ``GET /carbon/requests/{id}``; a log that is locked or full costs that alone."""
+        try:
+            self.log.remember(response_id, annotation_json)
+        except sqlite3.Error as error:
+            self.failed("remember", error)
 
     def find(self, response_id: str) -> str | None:
         """The annotation of a finished request, or None."""
@@ -178,7 +191,11 @@ class CarbonFrontEnd:
         if client is None:
             return []
         counted, self._counted = self._counted, {}
-        answers = await compat.call_engines(client, "llmco2_snapshot", json.dumps(counted))
+        try:
+            answers = await compat.call_engines(client, "llmco2_snapshot", json.dumps(counted))
+        except Exception:
+            self._counted = {**counted, **self._counted}
+            raise
         return [snapshot for answer in answers if (snapshot := json.loads(answer))]
 
     async def refresh_metrics(self) -> None:
@@ -289,12 +306,9 @@ def _async_llm_init(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        known = request.request_id in self.request_states
         result = original(self, request, *args, **kwargs)
-        if _front_end is not None and not known:
-            state = self.request_states.get(request.request_id)
-            if state is not None:
-                _front_end.guard.call("add_request", _front_end.track, state, state.parent_req)
+        if _front_end is not None:
+            _front_end.guard.call("add_request", _front_end.track, self, request)
         return result
 
     return add_request
@@ -303,16 +317,13 @@ def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
 def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         front = _front_end
-        if front is None or not front.guard.active:
+        if front is None:
             return original(self, engine_core_outputs, *args, **kwargs)
-        received: list[tuple[str, RequestLedger]] = []
-        try:
-            # Before the original: generators may read the ledger right after it.
-            received = front.receive(self.request_states, engine_core_outputs)
-        except Exception as error:
-            front.guard.failed("receive", error)
+        # Before the original: generators may read the ledger right after it.
+        received = front.guard.call("receive", front.receive, self, engine_core_outputs)
         result = original(self, engine_core_outputs, *args, **kwargs)
-        front.guard.call("settle", front.settle, self.request_states, received)
+        if received:
+            front.guard.call("settle", front.settle, self, received)
         return result
 
     return process_outputs
@@ -332,11 +343,16 @@ def _from_base(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_base(request_output: Any, *args: Any, **kwargs: Any) -> Any:
         # The offline pooling calls rebuild their outputs.
         output = original(request_output, *args, **kwargs)
-        if (carbon := getattr(request_output, "carbon", None)) is not None:
-            output.carbon = carbon
+        if _front_end is not None:
+            _front_end.guard.call("from_base", _carry_over, request_output, output)
         return output
 
     return from_base
+
+
+def _carry_over(request_output: Any, output: Any) -> None:
+    if (carbon := getattr(request_output, "carbon", None)) is not None:
+        output.carbon = carbon
 
 
 def _new_request_output(original: Callable[..., Any]) -> Callable[..., Any]:

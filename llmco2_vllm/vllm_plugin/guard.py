@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 logger = logging.getLogger("vllm.llmco2")
+T = TypeVar("T")
 
 
 class Guard:
@@ -19,12 +21,12 @@ class Guard:
         self._host_version = host_version
 
     def failed(self, where: str, error: BaseException, switch_off: bool = True) -> None:
-        """Count a failure; log the first. Never raises."""
-        first = not self.failures
+        """Count a failure; log the first, and the one that switches off. Never raises."""
+        worth_a_line = not self.failures or (switch_off and self.active)
         self.failures[where] += 1
         if switch_off:
             self.active = False
-        if first:
+        if worth_a_line:
             # No traceback object is kept: it would hold the frames, and with them requests.
             logger.error(
                 "llmco2: %s failed in %s (%s: %s), vLLM %s; serving goes on%s",
@@ -36,10 +38,14 @@ class Guard:
                 ", the carbon hook is switched off" if switch_off else "",
             )
 
-    def call(self, where: str, function: Callable[..., object], *args: object) -> None:
-        """Run ``function(*args)`` if active; an exception switches the hook off and goes no further."""
+    def call(self, where: str, function: Callable[..., T], *args: object) -> T | None:
+        """``function(*args)`` if active, else None; an exception switches the hook off and goes no further.
+
+        Hand over the host's objects whole: what is read from them is then read inside.
+        """
         if self.active:
             try:
-                function(*args)
+                return function(*args)
             except Exception as error:
                 self.failed(where, error)
+        return None

@@ -132,20 +132,22 @@ class EngineHook:
         undecided = aborted and request_id in self._every_output
         self._unsent.discard(request_id)
         self._every_output.discard(request_id)
+        counted = self._counted.pop(request_id, None)
+        stranger = request_id in self._strangers
+        self._strangers.discard(request_id)
         charge = self.monitor.finish(request_id)
         if charge is None:
             return
-        if undecided:
+        if counted is not None:
+            self.monitor.conclude(charge.energy_joules, counted)
+        elif undecided:
             self._ended[request_id] = charge.energy_joules
-            if request_id in self._counted:
-                self._decide(request_id, self._counted.pop(request_id))
-            while len(self._ended) > MOST_UNDECIDED:
+            if len(self._ended) > MOST_UNDECIDED:
                 self._decide(next(iter(self._ended)), 0.0)
         else:
             self.monitor.conclude(charge.energy_joules, 0.0 if aborted else charge.energy_joules)
-        if request_id not in self._strangers:
+        if not stranger:
             self._parked[request_id] = charge
-        self._strangers.discard(request_id)
 
     def decide(self, counted: Mapping[str, float]) -> None:
         """What the front end counted, in joules, of requests it ended itself; 0 where the client left."""

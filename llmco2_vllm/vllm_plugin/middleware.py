@@ -195,7 +195,8 @@ class _Response:
     def _takes(self, start: Message) -> bool:
         """Whether to hold the start of this response: a JSON body with final figures. Sets up a stream."""
         kind = _media_type(start)
-        if kind == b"text/event-stream":
+        # A stream that announced its length must keep it.
+        if kind == b"text/event-stream" and all(n.lower() != b"content-length" for n, _ in start.get("headers", ())):
             self._splicer = EventSplicer(self._describe)
         return kind == b"application/json" and _finished(self._ledgers)
 
