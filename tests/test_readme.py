@@ -74,6 +74,21 @@ def test_links_to_files_lead_somewhere() -> None:
     assert not [target for target in targets if "://" not in target and not (ROOT / target).exists()]
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert "<!--" not in TEXT
+
+
+def test_the_response_it_shows_keeps_to_the_published_schema() -> None:
+    import json
+
+    import jsonschema
+
+    block = re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)
+    assert block is not None
+    schema = json.loads((ROOT / "llmco2_vllm" / "data" / "annotation.schema.json").read_text())
+    jsonschema.validate(json.loads(block[1])["carbon"], schema)
+
+
 def test_every_setting_stands_in_the_table() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", TEXT, re.MULTILINE)
     assert [row for row in rows if not row.startswith("llmco2_")] == list(Settings.model_fields)

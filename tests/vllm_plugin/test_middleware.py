@@ -228,6 +228,14 @@ def test_without_final_figures_the_response_passes_message_for_message(
     assert not front_end.remembered
 
 
+def test_a_stream_that_announced_its_length_keeps_it() -> None:
+    chunks = [b'data: {"id":"a"}\n\n', b"data: [DONE]\n\n"]
+    messages = stream_messages(chunks)
+    length = (b"content-length", str(sum(map(len, chunks))).encode())
+    messages[0] = {**messages[0], "headers": [*messages[0]["headers"], length]}
+    assert through(messages, FakeFrontEnd()) == messages
+
+
 def test_a_body_that_is_sent_as_a_file_passes_message_for_message() -> None:
     messages = [*json_messages(b"{}")[:1], {"type": "http.response.pathsend", "path": "answer.json"}]
     assert through(messages, FakeFrontEnd()) == messages
