@@ -122,7 +122,10 @@ class CarbonFrontEnd:
                     # Ended here by a stop string: the engine sent its figures with this very output.
                     self._ended_here(request_id, ledger.ledger.energy_joules)
                 ledger.complete = ledger.finished = True
-                self.recorder.request_finished(ledger.ledger.engine, ledger.ledger.energy_joules)
+                try:
+                    self.recorder.request_finished(ledger.ledger.engine, ledger.ledger.energy_joules)
+                except Exception as error:
+                    self.failed("request_finished", error)  # costs the histogram, not the annotation
 
     def abandoned(self, request_ids: Sequence[str]) -> None:
         """The clients of these requests have left."""

@@ -19,10 +19,12 @@ class Guard:
         self.active = True
         self.failures: Counter[str] = Counter()
         self._host_version = host_version
+        self._said_off = False
 
     def failed(self, where: str, error: BaseException, switch_off: bool = True) -> None:
-        """Count a failure; log the first, and the one that switches off. Never raises."""
-        worth_a_line = not self.failures or (switch_off and self.active)
+        """Count a failure; log the first, and the first that switches off. Never raises."""
+        worth_a_line = not self.failures or (switch_off and not self._said_off)
+        self._said_off |= switch_off
         self.failures[where] += 1
         if switch_off:
             self.active = False
