@@ -118,12 +118,13 @@ class CarbonFrontEnd:
         states = processor.request_states
         for request_id, ledger in received:
             if request_id not in states:
+                engine, joules = ledger.ledger.engine, ledger.ledger.energy_joules
                 if not ledger.complete:
                     # Ended here by a stop string: the engine sent its figures with this very output.
-                    self._ended_here(request_id, ledger.ledger.energy_joules)
+                    self._ended_here(request_id, joules)
                 ledger.complete = ledger.finished = True
                 try:
-                    self.recorder.request_finished(ledger.ledger.engine, ledger.ledger.energy_joules)
+                    self.recorder.request_finished(engine, joules)
                 except Exception as error:
                     self.failed("request_finished", error)  # costs the histogram, not the annotation
 
