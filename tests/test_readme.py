@@ -52,7 +52,7 @@ def check_serve(words: list[str]) -> None:
 
 def check_pip(words: list[str]) -> None:
     name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
-    assert words[1] in ("install", "uninstall") and words[2:] == [name]
+    assert words[1:] in (["install", "."], ["uninstall", name])
 
 
 CHECKS = {"make": check_make, "python": check_module, "vllm": check_serve, "pip": check_pip}
