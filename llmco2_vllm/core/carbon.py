@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmco2_vllm.core.units import JOULES_PER_KWH
+from llmco2_vllm.core.units import joules_to_kwh
 
 
 def host_joules(device_joules: float, node_overhead_ratio: float) -> float:
@@ -24,4 +24,4 @@ def operational_grams(energy_joules: float, grams_per_kwh: float, pue: float = 1
     Source: Software Carbon Intensity, ISO/IEC 21031, ``E x I``
     (https://github.com/Green-Software-Foundation/sci/blob/main/SPEC.md).
     """
-    return energy_joules / JOULES_PER_KWH * pue * grams_per_kwh
+    return joules_to_kwh(energy_joules) * pue * grams_per_kwh

@@ -75,11 +75,11 @@ def resolve(key: str) -> type[Any] | None:
     """The class that owns a symbol, or None where this vLLM has no such symbol."""
     symbol = SYMBOLS[key]
     try:
-        owner = getattr(importlib.import_module(symbol.module), symbol.owner)
+        owner: type[Any] = getattr(importlib.import_module(symbol.module), symbol.owner)
         inspect.getattr_static(owner, symbol.name)
     except (ImportError, AttributeError):
         return None
-    return owner  # type: ignore[no-any-return]
+    return owner
 
 
 def self_check() -> dict[str, bool]:
