@@ -2,10 +2,11 @@
 
     python benchmarks/step_overhead.py [--requests 1 8 64 256 1024] [--steps 400] [--json]
 
-One scheduler with the hook runs steady decode, then mixed steps (8 prefills join and 8 requests
-leave each step). ``added`` is the time spent inside our four hooks in a step, taken around each of
-them with a clock whose own cost is subtracted; ``scheduler`` is schedule() plus
-update_from_output() without them. The hook is the product's: Roofline predictor, ledgers, outbox.
+One scheduler with the hook runs steady decode, steady decode with stop strings in every request (the
+front end must know the figures at each output), then mixed steps (8 prefills join and 8 requests leave
+each step). ``added`` is the time spent inside our four hooks in a step, taken around each of them with a
+clock whose own cost is subtracted; ``scheduler`` is schedule() plus update_from_output() without them.
+The hook is the product's: predictor, ledgers, outbox.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(folder: Path, requests: int, steps: int, mixed: int) -> dict[str, Any]:
+def measure(folder: Path, requests: int, steps: int, mixed: int = 0, stop: bool = False) -> dict[str, Any]:
     """Run one scheduler and time its steps; ``mixed`` prompts of 128 tokens join each step."""
     from tests.vllm_plugin import harness
 
@@ -70,7 +71,8 @@ def measure(folder: Path, requests: int, steps: int, mixed: int) -> dict[str, An
     for i in range(requests):
         # In mixed runs the first to leave do so one batch of eight after the other.
         length = 6000 if not mixed else 20 + (i // mixed)
-        scheduler.add_request(harness.make_request(f"r{i}", 64 + i % 64, max_tokens=length))
+        sampling = {"stop": ["a string that never comes"], "detokenize": True} if stop else {}
+        scheduler.add_request(harness.make_request(f"r{i}", 64 + i % 64, max_tokens=length, **sampling))
     for _ in range(12):
         engine.step()
     watch = Stopwatch(scheduler.llmco2_hook)
@@ -90,7 +92,7 @@ def measure(folder: Path, requests: int, steps: int, mixed: int) -> dict[str, An
         added.append(watch.nanoseconds / 1e3)
         plain.append((total - watch.nanoseconds) / 1e3)
     return {
-        "kind": "mixed" if mixed else "steady",
+        "kind": "mixed" if mixed else "stop" if stop else "steady",
         "requests": requests,
         "steps": steps,
         "added_p50_us": round(median(added), 1),
@@ -116,8 +118,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = harness.model_folder(Path(name))
         for requests in arguments.requests:
-            rows.append(measure(folder, requests, arguments.steps, mixed=0))
+            rows.append(measure(folder, requests, arguments.steps))
             if requests >= 64:
+                rows.append(measure(folder, requests, arguments.steps, stop=True))
                 rows.append(measure(folder, requests, arguments.steps, mixed=8))
     steady = {row["requests"]: row["added_p50_us"] for row in rows if row["kind"] == "steady"}
     low, high = min(steady), max(steady)

@@ -21,7 +21,10 @@ _NEVER = 1 << 62
 
 
 class DecodeSums(NamedTuple):
-    """Running sums over decode steps at one moment; fixed, slope, ramp = sums of a, b, b * step."""
+    """Running sums over decode steps at one moment; fixed, slope, ramp = sums of a, b, b * step.
+
+    outside_at: the last step whose estimate was out of distribution, -1 before there was one.
+    """
 
     steps: int = 0
     fixed: float = 0.0
@@ -33,6 +36,19 @@ class DecodeSums(NamedTuple):
     upper_fixed: float = 0.0
     upper_slope: float = 0.0
     upper_ramp: float = 0.0
+    outside_at: int = -1
+
+    def since(self, begin: DecodeSums, offset: int) -> tuple[float, float, float]:
+        """(joules, lower, upper) of a request since ``begin``; its context is ``offset`` ahead of the steps."""
+        return (
+            self.fixed - begin.fixed + offset * (self.slope - begin.slope) + self.ramp - begin.ramp,
+            self.lower_fixed - begin.lower_fixed
+            + offset * (self.lower_slope - begin.lower_slope)
+            + self.lower_ramp - begin.lower_ramp,
+            self.upper_fixed - begin.upper_fixed
+            + offset * (self.upper_slope - begin.upper_slope)
+            + self.upper_ramp - begin.upper_ramp,
+        )  # fmt: skip
 
 
 class RequestCharge:
@@ -151,7 +167,11 @@ class LedgerBook:
         self.decoding: dict[str, RequestCharge] = {}
         self._context = 0  # total over the decoding requests
         self._now = DecodeSums()
-        self._outside_at = -1  # the last step whose estimate was out of distribution
+
+    @property
+    def sums(self) -> DecodeSums:
+        """The running sums, after the last step that was charged."""
+        return self._now
 
     def join(self, request_id: str, cached: int, known: int, prompt_tokens: int) -> RequestCharge:
         """Open a ledger for a request whose first step starts behind ``cached`` tokens."""
@@ -184,22 +204,15 @@ class LedgerBook:
         begin, now = charge.entered, self._now
         if begin is None or begin is now:
             return
-        offset, steps = charge.offset, now.steps - begin.steps
-        charge.decode_joules += now.fixed - begin.fixed + offset * (now.slope - begin.slope) + now.ramp - begin.ramp
-        charge.lower_joules += (
-            now.lower_fixed - begin.lower_fixed
-            + offset * (now.lower_slope - begin.lower_slope)
-            + now.lower_ramp - begin.lower_ramp
-        )  # fmt: skip
-        charge.upper_joules += (
-            now.upper_fixed - begin.upper_fixed
-            + offset * (now.upper_slope - begin.upper_slope)
-            + now.upper_ramp - begin.upper_ramp
-        )  # fmt: skip
+        steps = now.steps - begin.steps
+        joules, lower, upper = now.since(begin, charge.offset)
+        charge.decode_joules += joules
+        charge.lower_joules += lower
+        charge.upper_joules += upper
         charge.decode_tokens += steps
         charge.steps += steps
         charge.computed += steps
-        charge.in_distribution = charge.in_distribution and self._outside_at <= begin.steps
+        charge.in_distribution = charge.in_distribution and now.outside_at <= begin.steps
         charge.entered = now
 
     def shape(self, slices: list[RequestSlice], encoder_tokens: int = 0) -> BatchShape:
@@ -250,10 +263,9 @@ class LedgerBook:
             now.upper_fixed + upper * fixed,
             now.upper_slope + upper * slope,
             now.upper_ramp + upper * ramp,
+            now.outside_at if estimate.in_distribution else now.steps + steps,
         )
         self._context += steps * len(self.decoding)
-        if not estimate.in_distribution:
-            self._outside_at = self._now.steps
         if self._now.steps >= REBASE_STEPS:
             self._rebase()
 
@@ -261,6 +273,6 @@ class LedgerBook:
         decoding = list(self.decoding)
         for request_id in decoding:
             self.interrupt(request_id)
-        self._now, self._outside_at = DecodeSums(), -1
+        self._now = DecodeSums()
         for request_id in decoding:
             self.enter(request_id)

@@ -2,20 +2,30 @@
 
 A ledger travels as one compact CSV string inside ``EngineCoreOutput.trace_headers`` under
 ``KEY``, so no schema of the host changes. It holds figures and method names, never text or ids.
+
+Some requests the front end ends by itself, at a stop string, and needs their figures on the spot. Once
+such a request decodes steadily its ledger is not sent any more: the engine's running sums come with each
+step, one record under ``SUMS_KEY`` for the whole batch, and the front end settles as the engine would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llmco2_vllm.core.ledgers import RequestCharge
+from llmco2_vllm.core.ledgers import DecodeSums, RequestCharge
 
 KEY = "llmco2"
-WIRE_VERSION = "1"
+SUMS_KEY = "llmco2-sums"
+WIRE_VERSION = "2"
 # One % operation: half the time of an f-string with as many floats, on the scheduler thread.
-_WIRE = WIRE_VERSION + ",%d,%d,%d,%.9g,%.9g,%.9g,%.9g,%d,%d,%d,%d,%d,%d,%s,%s,%s"
+_WIRE = WIRE_VERSION + ",%d,%d,%d,%.9g,%.9g,%.9g,%.9g,%d,%d,%d,%d,%d,%d,%d,%s,%s,%s"
+# Differences of these are taken: every digit counts.
+_SUMS_WIRE = WIRE_VERSION + ",%d,%d,%d" + ",%.17g" * 9
+
+
+_NO_SUMS: Mapping[int, DecodeSums] = {}
 
 
 class Provenance(NamedTuple):
@@ -32,6 +42,7 @@ class Ledger(NamedTuple):
     ``energy = prefill_joules + decode_joules`` lies in [lower_joules, upper_joules] at 90 %.
     prefill_tokens counts computed tokens, so cached prompt tokens are not in it and tokens
     replayed after a preemption are (they are also counted in recomputed_tokens).
+    context: tokens in the KV cache of a request that is charged through the running sums, else -1.
     """
 
     engine: int = 0
@@ -47,6 +58,7 @@ class Ledger(NamedTuple):
     recomputed_tokens: int = 0
     rejected_draft_tokens: int = 0
     steps: int = 0
+    context: int = -1
 
     @property
     def energy_joules(self) -> float:
@@ -61,7 +73,7 @@ class Origin(NamedTuple):
     provenance: Provenance
 
 
-def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool) -> str:
+def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool, context: int = -1) -> str:
     """The wire form: comma-separated, version first, joules with nine significant digits."""
     e, p = charge, origin.provenance
     return _WIRE % (
@@ -78,6 +90,7 @@ def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool) -> str:
         e.recomputed_tokens,
         e.rejected_draft_tokens,
         e.steps,
+        context,
         p.predictor,
         p.meter,
         p.meter_reason,
@@ -86,16 +99,34 @@ def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool) -> str:
 
 def decode(text: str) -> tuple[Ledger, Provenance]:
     """Inverse of :func:`encode`. Raises ValueError on another version or a malformed record."""
-    parts = text.split(",", 16)
-    if parts[0] != WIRE_VERSION:
-        raise ValueError(f"ledger of wire version {parts[0]!r}; this front end reads {WIRE_VERSION!r}")
-    if len(parts) != 17:
-        raise ValueError(f"ledger with {len(parts)} fields instead of 17")
+    parts = text.split(",", 17)
+    _check_version(parts[0])
+    if len(parts) != 18:
+        raise ValueError(f"ledger with {len(parts)} fields instead of 18")
     joules = [float(p) for p in parts[4:8]]
-    counts = [int(p) for p in parts[8:14]]
+    counts = [int(p) for p in parts[8:15]]
     prefill, decode, lower, upper = joules
     ledger = Ledger(int(parts[1]), parts[2] == "1", parts[3] == "1", prefill, decode, lower, upper, *counts)
-    return ledger, Provenance(parts[14], parts[15], parts[16])
+    return ledger, Provenance(parts[15], parts[16], parts[17])
+
+
+def encode_sums(sums: DecodeSums, engine: int) -> str:
+    """The wire form of an engine's running sums, exact."""
+    return _SUMS_WIRE % (engine, sums.steps, sums.outside_at, *sums[1:10])
+
+
+def decode_sums(text: str) -> tuple[int, DecodeSums]:
+    """Inverse of :func:`encode_sums`. Raises ValueError on another version or a malformed record."""
+    parts = text.split(",")
+    _check_version(parts[0])
+    if len(parts) != 13:
+        raise ValueError(f"running sums with {len(parts)} fields instead of 13")
+    return int(parts[1]), DecodeSums._make([int(parts[2]), *map(float, parts[4:]), int(parts[3])])
+
+
+def _check_version(version: str) -> None:
+    if version != WIRE_VERSION:
+        raise ValueError(f"record of wire version {version!r}; this front end reads {WIRE_VERSION!r}")
 
 
 def total(ledgers: Iterable[Ledger]) -> Ledger:
@@ -106,7 +137,7 @@ def total(ledgers: Iterable[Ledger]) -> Ledger:
     items = list(ledgers)
     if not items:
         raise ValueError("no ledgers to add up")
-    sums = [sum(column) for column in zip(*(item[3:] for item in items), strict=True)]
+    sums = [sum(column) for column in zip(*(item[3:-1] for item in items), strict=True)]
     return Ledger(
         items[0].engine,
         all(i.final for i in items),
@@ -124,13 +155,40 @@ class RequestLedger:
     finished: the request has left the front end; its figures no longer change.
     """
 
-    model_name: str = ""
     ledger: Ledger = field(default_factory=Ledger)
     provenance: Provenance | None = None
     complete: bool = False
     finished: bool = False
+    _begin: DecodeSums | None = None
 
-    def receive(self, text: str) -> None:
-        """Take over a newer record. Raises ValueError as :func:`decode` does."""
+    def receive(self, text: str, sums: Mapping[int, DecodeSums] = _NO_SUMS) -> None:
+        """Take over a newer record; ``sums`` are those of each engine at that moment.
+
+        Raises ValueError as :func:`decode` does.
+        """
         self.ledger, self.provenance = decode(text)
         self.complete = self.ledger.final
+        self._begin = sums.get(self.ledger.engine) if self.ledger.context >= 0 else None
+
+    @property
+    def follows_sums(self) -> bool:
+        """Whether :meth:`settle` brings the ledger up to date."""
+        return self._begin is not None
+
+    def settle(self, sums: DecodeSums) -> None:
+        """Charge the steps between the last record and ``sums``, later sums of the same engine."""
+        begin, ledger = self._begin, self.ledger
+        if begin is None:
+            return
+        steps = sums.steps - begin.steps
+        joules, lower, upper = sums.since(begin, ledger.context - begin.steps)
+        self.ledger = ledger._replace(
+            in_distribution=ledger.in_distribution and sums.outside_at <= begin.steps,
+            decode_joules=ledger.decode_joules + joules,
+            lower_joules=ledger.lower_joules + lower,
+            upper_joules=ledger.upper_joules + upper,
+            decode_tokens=ledger.decode_tokens + steps,
+            steps=ledger.steps + steps,
+            context=ledger.context + steps,
+        )
+        self._begin = sums

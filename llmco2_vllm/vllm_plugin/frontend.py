@@ -18,9 +18,10 @@ from typing import Any
 
 import llmco2_vllm
 from llmco2_vllm.config import Settings
+from llmco2_vllm.core.ledgers import DecodeSums
 from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_document
-from llmco2_vllm.telemetry.ledger import KEY, Ledger, RequestLedger, total
+from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Ledger, RequestLedger, decode_sums, total
 from llmco2_vllm.telemetry.requests import RequestLog
 from llmco2_vllm.vllm_plugin import compat
 from llmco2_vllm.vllm_plugin.guard import Guard
@@ -80,6 +81,9 @@ class CarbonFrontEnd:
         self.self_check = compat.self_check()
         self.engine_client: Callable[[], Any] = lambda: None
         self._counted: dict[str, float] = {}
+        # Running sums by engine, and the requests whose ledgers follow them.
+        self._sums: dict[int, DecodeSums] = {}
+        self._following: dict[str, RequestLedger] = {}
         self._recorder: Any = None
         self._pull: asyncio.Task[None] | None = None
 
@@ -91,7 +95,7 @@ class CarbonFrontEnd:
         if state is None or hasattr(state, "llmco2_ledger"):
             return  # gone already, or a further turn of a session
         parent = state.parent_req
-        ledger = RequestLedger(self.model_name)
+        ledger = RequestLedger()
         state.llmco2_ledger = ledger
         siblings: list[RequestLedger] = getattr(parent, _ATTRIBUTE, []) if parent is not None else []
         siblings.append(ledger)
@@ -106,31 +110,53 @@ class CarbonFrontEnd:
         received = []
         for output in outputs:
             headers = output.trace_headers
-            if headers and KEY in headers and (state := states.get(output.request_id)) is not None:
+            if not headers:
+                continue
+            if SUMS_KEY in headers:
+                engine, sums = decode_sums(headers[SUMS_KEY])
+                self._sums[engine] = sums
+            if KEY in headers and (state := states.get(output.request_id)) is not None:
                 ledger = getattr(state, "llmco2_ledger", None)
                 if ledger is not None:
-                    ledger.receive(headers[KEY])
+                    self._take(output.request_id, ledger, headers[KEY])
                     received.append((output.request_id, ledger))
         return received
 
-    def settle(self, processor: Any, received: Sequence[tuple[str, RequestLedger]]) -> None:
-        """Mark the ledgers whose request has left, and count them."""
+    def _take(self, request_id: str, ledger: RequestLedger, record: str) -> None:
+        ledger.receive(record, self._sums)
+        if ledger.follows_sums:
+            self._following[request_id] = ledger
+            if len(self._following) > MOST_COUNTED:
+                del self._following[next(iter(self._following))]
+        else:
+            self._following.pop(request_id, None)
+
+    def settle(self, processor: Any, received: Sequence[tuple[str, RequestLedger]], ended: Sequence[str] = ()) -> None:
+        """Mark the ledgers whose request has left, and count them.
+
+        ended: requests that this process ended by itself, on a stop string.
+        """
         states = processor.request_states
-        for request_id, ledger in received:
-            if request_id not in states:
-                engine, joules = ledger.ledger.engine, ledger.ledger.energy_joules
-                if not ledger.complete:
-                    # Ended here by a stop string: the engine sent its figures with this very output.
-                    self._ended_here(request_id, joules)
-                ledger.complete = ledger.finished = True
-                try:
-                    self.recorder.request_finished(engine, joules)
-                except Exception as error:
-                    self.failed("request_finished", error)  # costs the histogram, not the annotation
+        left = {request_id: ledger for request_id, ledger in received if request_id not in states}
+        left.update((request_id, self._following[request_id]) for request_id in ended if request_id in self._following)
+        for request_id, ledger in left.items():
+            self._following.pop(request_id, None)
+            if ledger.follows_sums:
+                ledger.settle(self._sums[ledger.ledger.engine])
+            engine, joules = ledger.ledger.engine, ledger.ledger.energy_joules
+            if not ledger.complete:
+                # Ended here by a stop string: the engine sent what its figures need with this very output.
+                self._ended_here(request_id, joules)
+            ledger.complete = ledger.finished = True
+            try:
+                self.recorder.request_finished(engine, joules)
+            except Exception as error:
+                self.failed("request_finished", error)  # costs the histogram, not the annotation
 
     def abandoned(self, request_ids: Sequence[str]) -> None:
         """The clients of these requests have left."""
         for request_id in request_ids:
+            self._following.pop(request_id, None)
             self._ended_here(request_id, 0.0)
 
     def _ended_here(self, request_id: str, joules: float) -> None:
@@ -326,8 +352,8 @@ def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         # Before the original: generators may read the ledger right after it.
         received = front.guard.call("receive", front.receive, self, engine_core_outputs)
         result = original(self, engine_core_outputs, *args, **kwargs)
-        if received:
-            front.guard.call("settle", front.settle, self, received)
+        if received or result.reqs_to_abort:
+            front.guard.call("settle", front.settle, self, received or (), result.reqs_to_abort)
         return result
 
     return process_outputs

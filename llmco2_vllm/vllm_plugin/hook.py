@@ -13,7 +13,7 @@ from typing import Any
 
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.monitor import StepMonitor
-from llmco2_vllm.telemetry.ledger import KEY, Origin, encode
+from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, encode, encode_sums
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.translate import StepReader
 
@@ -34,8 +34,10 @@ class EngineHook:
         self.reader = StepReader(monitor, self._joined, speculative)
         self.started_seconds = time()
         self.hook_seconds = 0.0
+        # Requests whose ledger goes with their next output, and those with stop strings.
         self._unsent: set[str] = set()
-        self._every_output: set[str] = set()
+        self._stopping: set[str] = set()
+        self._sums_steps = 0
         self._parked: dict[str, RequestCharge] = {}
         self._strangers: set[str] = set()
         # Requests with stop strings end in the front end, and the engine sees an abort either way. Joules
@@ -61,6 +63,8 @@ class EngineHook:
         slices = self.reader.read(output, requests)
         self.monitor.begin(output, slices, _encoder_inputs(output))
         self.reader.charged(output)
+        if self._stopping:
+            self._unsent.update(self._stopping.intersection(self.reader.charged_alone))
 
     def _joined(self, request_id: str, request: Any) -> None:
         if request_id in self._strangers:
@@ -68,7 +72,7 @@ class EngineHook:
         self._unsent.add(request_id)
         # The engine never learns of a stop string: the front end ends the request and aborts it here.
         if getattr(getattr(request, "sampling_params", None), "stop", None):
-            self._every_output.add(request_id)
+            self._stopping.add(request_id)
 
     # -- update_from_output() -------------------------------------------------------------
 
@@ -80,16 +84,20 @@ class EngineHook:
     def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
         """Put the ledgers that are due into the outputs' trace headers.
 
-        Due are the first and the last output of a request, every output of one with stop strings,
-        and every 16th step one other in turn: a live figure at a cost independent of the batch.
+        Due are the first and the last output of a request, and every 16th step one other in turn: a
+        live figure at a cost independent of the batch. With a request with stop strings goes, of each
+        step, what the front end needs to know its figures: its ledger, or the running sums it is charged by.
         """
         self._cursor += 1
         periodic = self._cursor % PERIOD_STEPS == 0
-        due = bool(self._unsent or self._every_output or self._parked)
-        if not (periodic or due):
+        if not (periodic or self._unsent or self._stopping or self._parked):
             return
         begin = perf_counter()
+        sums = self._sums_record() if self._stopping else None
+        due = bool(self._unsent or self._parked)
         for outputs in (outputs_by_client or {}).values():
+            if sums is not None and outputs.outputs:
+                _add_header(outputs.outputs[0], SUMS_KEY, sums)
             if due:
                 self._attach_due(outputs.outputs)
             if periodic and outputs.outputs:
@@ -97,12 +105,19 @@ class EngineHook:
         self._parked.clear()
         self.hook_seconds += perf_counter() - begin
 
+    def _sums_record(self) -> str:
+        sums = self.monitor.book.sums
+        if sums.steps < self._sums_steps:
+            self._unsent.update(self._stopping)  # the sums were begun anew
+        self._sums_steps = sums.steps
+        return encode_sums(sums, self.origin.engine)
+
     def _attach_due(self, outputs: Iterable[Any]) -> None:
         for output in outputs:
             request_id = output.request_id
             if (charge := self._parked.get(request_id)) is not None:
                 self._send(output, charge, final=True)
-            elif request_id in self._unsent or request_id in self._every_output:
+            elif request_id in self._unsent:
                 self._unsent.discard(request_id)
                 self._send_running(output)
 
@@ -116,11 +131,11 @@ class EngineHook:
         charge = book.open.get(output.request_id)
         if charge is not None:
             book.settle(charge)
-            self._send(output, charge, final=False)
+            follows = charge.entered is not None and output.request_id in self._stopping
+            self._send(output, charge, final=False, context=charge.computed if follows else -1)
 
-    def _send(self, output: Any, charge: RequestCharge, final: bool) -> None:
-        # A new dict: the request's own is shared with the tracing of the host.
-        output.trace_headers = {**(output.trace_headers or {}), KEY: encode(charge, self.origin, final)}
+    def _send(self, output: Any, charge: RequestCharge, final: bool, context: int = -1) -> None:
+        _add_header(output, KEY, encode(charge, self.origin, final, context))
 
     # -- the request's life ---------------------------------------------------------------
 
@@ -129,9 +144,9 @@ class EngineHook:
         request_id = request.request_id
         aborted = request.status.name in _ABORTED
         self.reader.forget(request_id)
-        undecided = aborted and request_id in self._every_output
+        undecided = aborted and request_id in self._stopping
         self._unsent.discard(request_id)
-        self._every_output.discard(request_id)
+        self._stopping.discard(request_id)
         counted = self._counted.pop(request_id, None)
         stranger = request_id in self._strangers
         self._strangers.discard(request_id)
@@ -154,7 +169,7 @@ class EngineHook:
         for request_id, joules in counted.items():
             if request_id in self._ended:
                 self._decide(request_id, joules)
-            elif request_id in self._every_output:
+            elif request_id in self._stopping:
                 self._counted[request_id] = joules
 
     def _decide(self, request_id: str, joules: float) -> None:
@@ -171,7 +186,7 @@ class EngineHook:
             self.monitor.reset()
             self._strangers = set(request_ids)
             self._unsent.clear()
-            self._every_output.clear()
+            self._stopping.clear()
             self._parked.clear()
             self._counted.clear()
         self.guard.active = on
@@ -189,6 +204,11 @@ class EngineHook:
             "open_tickets": self.monitor.open_tickets,
             **asdict(self.monitor.totals),
         }
+
+
+def _add_header(output: Any, key: str, record: str) -> None:
+    # A new dict: the request's own is shared with the tracing of the host.
+    output.trace_headers = {**(output.trace_headers or {}), key: record}
 
 
 def _encoder_inputs(output: Any) -> int:

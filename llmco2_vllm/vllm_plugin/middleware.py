@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from llmco2_vllm.telemetry.ledger import RequestLedger
-from llmco2_vllm.vllm_plugin.splice import KEY, EventSplicer, parse_object, splice_object
+from llmco2_vllm.vllm_plugin.splice import KEY, EventSplicer, outline, parse_object, splice_object
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -224,7 +224,7 @@ class _Response:
     def _annotated(self, held: list[Message]) -> list[Message]:
         start, *bodies = held
         body = b"".join(item.get("body", b"") for item in bodies)
-        value = parse_object(body)
+        value = outline(body)
         if value is None or KEY in value:
             return held
         response_id = value.get("id")

@@ -81,6 +81,11 @@ class StepReader:
         self._others = others
         return [self._slice(request_id, tokens, requests[request_id]) for request_id, tokens in others]
 
+    @property
+    def charged_alone(self) -> list[str]:
+        """Requests of the step last read that were not charged through the running sums."""
+        return [request_id for request_id, _ in self._others]
+
     def charged(self, output: Any) -> None:
         """After the step was charged: requests that decode one token a step from now on enter the sums."""
         if self._speculative or output.scheduled_spec_decode_tokens:

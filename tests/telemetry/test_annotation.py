@@ -29,7 +29,7 @@ def ledgers(draw: st.DrawFn) -> RequestLedger:
     tokens = [draw(counts) for _ in range(6)]
     ledger = Ledger(draw(st.integers(0, 7)), True, draw(st.booleans()), prefill, decode, lower, upper, *tokens)
     source = Provenance(draw(st.sampled_from(["roofline/1-h100", "roofline/1-cpu"])), "none", "no NVML library")
-    return RequestLedger("model", ledger, source, complete=True, finished=True)
+    return RequestLedger(ledger, source, complete=True, finished=True)
 
 
 accountings = st.builds(
@@ -45,7 +45,7 @@ def request(prefill: float = 6.0, decode: float = 34.0, **more: Any) -> RequestL
     energy = prefill + decode
     ledger = Ledger(3, True, True, prefill, decode, energy * 0.8, energy * 1.3, 512, 128, 64, 0, 0, 129)
     fields = {"provenance": Provenance("roofline/1-h100", "none", "no NVML library"), "complete": True} | more
-    return RequestLedger("model", ledger, **fields)
+    return RequestLedger(ledger, **fields)
 
 
 def described(items: list[RequestLedger], accounting: Accounting = WORLD) -> dict[str, Any]:

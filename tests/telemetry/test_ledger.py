@@ -2,38 +2,101 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmco2_vllm.telemetry.ledger import Ledger, Origin, Provenance, RequestLedger, decode, encode, total
+from llmco2_vllm.core.batch import BatchShape
+from llmco2_vllm.core.estimate import NO_RATES, Estimate, Rates
+from llmco2_vllm.core.ledgers import DecodeSums, LedgerBook
+from llmco2_vllm.telemetry.ledger import (
+    Ledger,
+    Origin,
+    Provenance,
+    RequestLedger,
+    decode,
+    decode_sums,
+    encode,
+    encode_sums,
+    total,
+)
+from llmco2_vllm.testing import ConstantPredictor
 
 joules = st.floats(0, 1e12)
 counts = st.integers(0, 1 << 40)
-ledgers = st.builds(Ledger, st.integers(0, 512), st.booleans(), st.booleans(), *[joules] * 4, *[counts] * 6)
+flags = [st.booleans()] * 2
+ledgers = st.builds(Ledger, st.integers(0, 512), *flags, *[joules] * 4, *[counts] * 6, st.integers(-1, 9))
+SUMMED = Ledger._fields[3:-1]
 names = st.text(st.characters(codec="ascii", exclude_characters=",", categories=("L", "N", "P")), max_size=20)
 provenances = st.builds(Provenance, names, names, st.text(max_size=40))
 
 
 @given(ledgers, provenances)
 def test_a_ledger_survives_the_wire(ledger: Ledger, provenance: Provenance) -> None:
-    there, source = decode(encode(ledger, Origin(ledger.engine, provenance), ledger.final))
+    there, source = decode(encode(ledger, Origin(ledger.engine, provenance), ledger.final, ledger.context))
     assert source == provenance
     assert there[:3] == ledger[:3] and there[7:] == ledger[7:]
     assert there[3:7] == pytest.approx(ledger[3:7], rel=1e-8)
 
 
-@pytest.mark.parametrize("text", ["", "2,0", "1,0,1", "1" + ",x" * 16])
+@pytest.mark.parametrize("text", ["", "1,0", "2,0,1", "2" + ",x" * 17])
 def test_another_version_or_a_malformed_record_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         decode(text)
+    with pytest.raises(ValueError):
+        decode_sums(text)
+
+
+@given(st.integers(0, 512), st.builds(DecodeSums, counts, *[joules] * 9, st.integers(-1, 1 << 40)))
+def test_running_sums_survive_the_wire_to_the_last_digit(engine: int, sums: DecodeSums) -> None:
+    assert decode_sums(encode_sums(sums, engine)) == (engine, sums)
+
+
+steps = st.lists(st.tuples(st.floats(0.1, 9), st.floats(0, 1e-3), st.integers(1, 40), st.booleans()), max_size=20)
+
+
+@given(st.integers(1, 5000), st.lists(steps, min_size=1, max_size=4))
+def test_a_ledger_that_follows_the_sums_says_what_the_engines_own_says(prompt: int, runs: list[Any]) -> None:
+    book, live, origin = LedgerBook(), RequestLedger(), Origin(3, Provenance("p/1", "none"))
+    charge = book.join("a", 0, prompt, prompt)
+    charge.slice(prompt).pay(ConstantPredictor().estimate(BatchShape()))
+    book.enter("a")
+    for run in runs:
+        book.settle(charge)
+        live.receive(encode(charge, origin, final=False, context=charge.computed), {3: book.sums})
+        assert live.follows_sums
+        for per_token, per_pair, repeats, inside in run:
+            rates = Rates(per_token, per_pair, 0.25 * per_token)
+            book.advance(Estimate(0.0, 0.0, NO_RATES, rates, 0.0, 0.5, 3.0, inside), repeats)
+        live.settle(decode_sums(encode_sums(book.sums, 3))[1])
+        book.settle(charge)
+        ledger = live.ledger
+        assert ledger[3:7] == pytest.approx(
+            (charge.prefill_joules, charge.decode_joules, charge.lower_joules, charge.upper_joules), rel=1e-7
+        )
+        assert (ledger.decode_tokens, ledger.steps, ledger.context, ledger.in_distribution) == (
+            charge.decode_tokens,
+            charge.steps,
+            charge.computed,
+            charge.in_distribution,
+        )
+
+
+def test_a_ledger_follows_no_sums_unless_the_engine_says_so() -> None:
+    live, origin = RequestLedger(), Origin(0, Provenance("p/1", "none"))
+    live.receive(encode(Ledger(decode_joules=1.0), origin, final=False), {0: DecodeSums()})
+    assert not live.follows_sums
+    live.settle(DecodeSums(5, 100.0))
+    assert live.ledger.energy_joules == 1.0
 
 
 @given(st.lists(ledgers, min_size=1, max_size=6))
 def test_the_sum_loses_nothing(items: list[Ledger]) -> None:
     together = total(items)
-    for position in range(3, len(Ledger._fields)):
-        assert together[position] == pytest.approx(sum(item[position] for item in items))
+    for name in SUMMED:
+        assert getattr(together, name) == pytest.approx(sum(getattr(item, name) for item in items))
     assert together.final == all(item.final for item in items)
     assert together.in_distribution == all(item.in_distribution for item in items)
 
@@ -44,7 +107,7 @@ def test_no_ledgers_have_no_sum() -> None:
 
 
 def test_a_live_ledger_is_complete_when_the_engine_says_so() -> None:
-    live = RequestLedger("m")
+    live = RequestLedger()
     origin = Origin(0, Provenance("p/1", "none", "why, indeed"))
     live.receive(encode(Ledger(prefill_joules=1.0), origin, final=False))
     assert not live.complete

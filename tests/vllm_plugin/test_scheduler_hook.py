@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmco2_vllm.telemetry.ledger import KEY, Ledger, decode
+from llmco2_vllm.core import ledgers as ledgers_module
+from llmco2_vllm.core.ledgers import DecodeSums
+from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Ledger, RequestLedger, decode, decode_sums
 from llmco2_vllm.testing import ConstantPredictor
 from tests.vllm_plugin.harness import EOS, Engine, make_request
 
@@ -245,11 +247,41 @@ def test_steps_tile_busy_time_without_overlap(make_engine: MakeEngine) -> None:
     assert monitor.totals.step_seconds == pytest.approx(spent)
 
 
-def test_a_request_with_stop_strings_carries_its_ledger_on_every_output(make_engine: MakeEngine) -> None:
-    engine = make_engine()
-    engine.scheduler.add_request(make_request("a", 20, max_tokens=12, stop=["x"], detokenize=True))
-    engine.run()
-    assert all(KEY in (output.trace_headers or {}) for output in engine.outputs)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_with_stop_strings_the_front_end_can_tell_the_figures_at_every_output(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setattr(ledgers_module, "REBASE_STEPS", 13)
+    engine = make_engine(depth=depth, blocks=30, max_num_seqs=4, max_num_batched_tokens=64)
+    book = engine.scheduler.llmco2_hook.monitor
+    live: dict[str, RequestLedger] = {}
+    sums: dict[int, DecodeSums] = {}
+    records = compared = 0
+    for i in range(6):
+        stop = {"stop": ["x"], "detokenize": True} if i % 2 else {}
+        engine.scheduler.add_request(make_request(f"r{i}", 40 + 50 * i, max_tokens=60 + i, **stop))
+    while engine.scheduler.has_requests():
+        engine.step()
+        outputs, engine.outputs = engine.outputs, []
+        for output in outputs:
+            headers = output.trace_headers or {}
+            if SUMS_KEY in headers:
+                sums = dict([decode_sums(headers[SUMS_KEY])])
+            ledger = live.setdefault(output.request_id, RequestLedger())
+            if KEY in headers:
+                ledger.receive(headers[KEY], sums)
+                records += output.request_id in ("r1", "r3", "r5")
+            charge = book.book.open.get(output.request_id)
+            if charge is not None and output.request_id in ("r1", "r3", "r5"):
+                if ledger.follows_sums:
+                    ledger.settle(sums[0])
+                book.book.settle(charge)
+                assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-8)
+                assert ledger.ledger.upper_joules == pytest.approx(charge.upper_joules, rel=1e-8)
+                assert ledger.ledger.steps == charge.steps
+                compared += 1
+    assert compared > 150
+    assert records < compared / 2
 
 
 def test_a_running_request_sends_its_ledger_first_last_and_now_and_then(make_engine: MakeEngine) -> None:

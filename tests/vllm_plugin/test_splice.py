@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llmco2_vllm.telemetry.ledger import RequestLedger
 from llmco2_vllm.vllm_plugin import middleware, splice
 from llmco2_vllm.vllm_plugin.middleware import Message
-from llmco2_vllm.vllm_plugin.splice import EventSplicer, parse_object, splice_event, splice_object
+from llmco2_vllm.vllm_plugin.splice import EventSplicer, outline, parse_object, splice_event, splice_object
 from tests.vllm_plugin.asgi import (
     CARBON,
     COLLABORATORS,
@@ -361,3 +361,24 @@ def test_a_body_with_carbon_or_without_an_object_stays_as_it_is(body: bytes) -> 
     assert through(messages, FakeFrontEnd()) == messages
     events_with_it = stream_messages([b"data: " + body + b"\n\n"])
     assert body_of(through(events_with_it, FakeFrontEnd())) == body_of(events_with_it)
+
+
+@settings(max_examples=500, **quick)
+@given(bodies(), texts)
+def test_a_large_body_is_spliced_as_a_small_one_without_being_parsed(body: bytes, response_id: str) -> None:
+    value = json.loads(body)
+    value.pop("id", None)
+    body = json.dumps({"id": response_id, **value}, ensure_ascii=False).encode()
+    with patch.object(splice, "LARGE_BYTES", 0):
+        found = outline(body)
+    assert found is not None
+    if b'"carbon"' not in body and "\\" not in body.decode():
+        assert found == {"id": response_id}
+    assert splice_object(body, found, CARBON) == splice_object(body, json.loads(body), CARBON)
+
+
+@pytest.mark.parametrize("body", [b"[" + b"1," * 9 + b"1]", b'"text"', b'{"carbon": 1, "id": "a"}', b'{"a": 1} [', b""])
+def test_a_large_body_that_is_no_object_or_has_carbon_is_left_alone(body: bytes) -> None:
+    with patch.object(splice, "LARGE_BYTES", 0):
+        found = outline(body)
+    assert found is None or "carbon" in found
