@@ -352,8 +352,9 @@ def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
         # Before the original: generators may read the ledger right after it.
         received = front.guard.call("receive", front.receive, self, engine_core_outputs)
         result = original(self, engine_core_outputs, *args, **kwargs)
-        if received or result.reqs_to_abort:
-            front.guard.call("settle", front.settle, self, received or (), result.reqs_to_abort)
+        ended = getattr(result, "reqs_to_abort", ())
+        if received or ended:
+            front.guard.call("settle", front.settle, self, received or (), ended)
         return result
 
     return process_outputs
