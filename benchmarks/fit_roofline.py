@@ -189,7 +189,7 @@ class Table:
         for index, row in enumerate(rows):
             graph = build_graph(row.model, row.topology)
             drivers = np.array(graph.drivers(row.batch))
-            work.append((work_matrix(graph, row.model, row.device, whole) @ drivers).reshape(4, -1)[:3])
+            work.append((work_matrix(graph, row.device, whole) @ drivers).reshape(4, -1)[:3])
             kinds += [kernel.kind for kernel in graph.kernels]
             owner += [index] * len(graph.kernels)
             collectives = sum(kernel.repeat for kernel in graph.kernels if kernel.kind is KernelKind.COLLECTIVE)

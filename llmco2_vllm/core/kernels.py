@@ -3,87 +3,37 @@
 Every kernel's FLOPs and bytes are linear in a short driver vector built from a BatchShape, so a whole step is
 one small matrix-vector product. Counts follow LLMCO2 (arXiv:2410.02950) and Pope et al., "Efficiently Scaling
 Transformer Inference" (arXiv:2211.05102): a product with a weight matrix of w elements takes 2 w FLOPs per
-token and streams the matrix once per step, whatever phases share the step.
+token and streams the matrix once per step, whatever phases share the step. docs/adr/0006 compares them with vLLM's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
+from llmco2_vllm.core.flow import data_flow
 from llmco2_vllm.core.hardware import Topology
-from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.core.latent_kernels import latent_attention_kernels
+from llmco2_vllm.core.model import ModelSpec, Precision
+from llmco2_vllm.core.nodes import DRIVERS, Kernel, KernelKind, Payer, Terms, all_reduce, elementwise, linear
+from llmco2_vllm.core.state_space_kernels import state_space_kernels
+
+__all__ = [
+    "DRIVERS",
+    "Kernel",
+    "KernelGraph",
+    "KernelKind",
+    "Payer",
+    "Terms",
+    "build_graph",
+    "windowed_reads",
+]
 
 FloatArray = NDArray[np.float64]
-Terms = Mapping[str, float]
-
-# What a kernel's work may be proportional to.
-#   step, sampled       1 in a step with tokens, with sampled rows: weights are streamed once
-#   tokens              both phases; *_tokens one phase
-#   *_pairs, *_kv       (query, key) pairs and cached tokens read; window_* of sliding-window layers
-#   samples             rows of the LM head
-#   experts             expected distinct experts of a layer that get a token
-DRIVERS = (
-    "step",
-    "tokens",
-    "prefill_tokens",
-    "decode_tokens",
-    "prefill_pairs",
-    "decode_pairs",
-    "prefill_kv",
-    "decode_kv",
-    "window_prefill_pairs",
-    "window_decode_pairs",
-    "window_prefill_kv",
-    "window_decode_kv",
-    "sampled",
-    "samples",
-    "experts",
-)
-
-
-class Payer(StrEnum):
-    """Which driver's requests pay for a kernel (ARCHITECTURE decision 5)."""
-
-    TOKENS = "tokens"
-    PREFILL_PAIRS = "prefill_pairs"
-    DECODE_PAIRS = "decode_pairs"
-    SAMPLES = "samples"
-
-
-class KernelKind(StrEnum):
-    """Kernels of a kind reach the same share of a ceiling."""
-
-    LINEAR = "linear"
-    EXPERT = "expert"
-    ATTENTION = "attention"
-    ELEMENTWISE = "elementwise"
-    COLLECTIVE = "collective"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One node: work of one execution on one rank, as coefficients by driver; ``repeat`` executions per step.
-
-    flops; weight_bytes, activation_bytes, kv_bytes through memory; network_bytes sent by the rank.
-    """
-
-    name: str
-    kind: KernelKind
-    repeat: int
-    payer: Payer = Payer.TOKENS
-    flops: Terms = field(default_factory=dict)
-    weight_bytes: Terms = field(default_factory=dict)
-    activation_bytes: Terms = field(default_factory=dict)
-    kv_bytes: Terms = field(default_factory=dict)
-    network_bytes: Terms = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,13 +41,15 @@ class KernelGraph:
     """Kernels of a step, the data flow between them, and what the driver vector needs of the model.
 
     edges: (producer, consumer) by kernel name; repeated layers are drawn once.
-    window: tokens a sliding-window layer sees. experts, experts_per_token: of a layer, 0 for a dense model.
+    window: tokens a sliding-window layer sees; chunked: it sees its own chunk of that many.
+    experts, experts_per_token: of a layer, 0 for a dense model.
     expert_batches: data-parallel ranks whose tokens meet at the experts.
     """
 
     kernels: tuple[Kernel, ...]
     edges: tuple[tuple[str, str], ...]
     window: int | None = None
+    chunked: bool = False
     experts: int = 0
     experts_per_token: int = 0
     expert_batches: int = 1
@@ -110,8 +62,8 @@ class KernelGraph:
     def drivers(self, batch: BatchShape) -> list[float]:
         """The driver vector, in the order of ``DRIVERS``; all zero for a batch without tokens."""
         prefill, decode, _ = batch
-        _, prefill_tokens, prefill_pairs, prefill_kv, prefill_samples = prefill
-        _, decode_tokens, decode_pairs, decode_kv, decode_samples = decode
+        prefill_sequences, prefill_tokens, prefill_pairs, prefill_kv, prefill_samples = prefill
+        decode_sequences, decode_tokens, decode_pairs, decode_kv, decode_samples = decode
         tokens = prefill_tokens + decode_tokens
         samples = prefill_samples + decode_samples
         experts = 0.0
@@ -120,8 +72,8 @@ class KernelGraph:
         window_prefill: tuple[float, float] = (0.0, 0.0)
         window_decode: tuple[float, float] = (0.0, 0.0)
         if self.window is not None:
-            window_prefill = windowed_reads(prefill, self.window)
-            window_decode = windowed_reads(decode, self.window)
+            window_prefill = windowed_reads(prefill, self.window, self.chunked)
+            window_decode = windowed_reads(decode, self.window, self.chunked)
         return [
             1.0 if tokens else 0.0,
             tokens,
@@ -138,6 +90,10 @@ class KernelGraph:
             1.0 if samples else 0.0,
             samples,
             experts,
+            prefill_sequences,
+            decode_sequences,
+            1.0 if prefill_tokens else 0.0,
+            1.0 if decode_tokens else 0.0,
         ]
 
     def coefficients(self, quantity: str) -> FloatArray:
@@ -156,66 +112,45 @@ class KernelGraph:
         return sum((self.coefficients(f"{kind}_bytes") for kind in ("weight", "activation", "kv")), np.zeros(()))
 
 
-def windowed_reads(phase: PhaseShape, window: int) -> tuple[float, float]:
-    """(pairs, cached tokens read) of a sliding-window layer, from the totals of a phase.
+def windowed_reads(phase: PhaseShape, window: int, chunked: bool = False) -> tuple[float, float]:
+    """(pairs, cached tokens read) of a layer that attends locally, from the totals of a phase.
 
     A token sees at most ``window`` keys. Totals bound it from above: exact when the requests of the phase
-    have alike contexts.
+    have alike contexts. Within chunks of w tokens (Llama 4) a token sees (w + 1) / 2 keys on average, and n tokens
+    in a row at most n (w + 1) / 2 + r (w - r) / 2 with r = n mod w; the last part is at most w^2 / 8.
     """
     sequences, tokens, pairs, kv_tokens, _ = phase
-    return min(pairs, tokens * window), min(kv_tokens, sequences * window + tokens)
+    seen: float = min(pairs, tokens * window)
+    if chunked:
+        seen = min(seen, tokens * (window + 1) / 2 + sequences * window * window / 8)
+    return seen, min(kv_tokens, sequences * window + tokens)
 
 
 def build_graph(model: ModelSpec, topology: Topology) -> KernelGraph:
-    """The kernels of a step of ``model``, work per tensor-parallel rank along all pipeline stages."""
-    parts = [_embedding(model), *_attention_block(model, topology), *_mlp_block(model, topology)]
+    """The kernels of a step of ``model``, work per tensor-parallel rank along all pipeline stages.
+
+    Data-parallel ranks repeat everything but the experts on batches of their own; the batch is that of one rank.
+    """
+    parts = [_embedding(model), *_mixer_block(model, topology), *_mlp_block(model, topology)]
     if model.moe_layers:
         parts += _expert_block(model, topology)
     parts += [*_head(model, topology), *_transfers(model, topology)]
     kernels = tuple(kernel for kernel in parts if kernel.repeat)
     return KernelGraph(
         kernels=kernels,
-        edges=_edges({kernel.name for kernel in kernels}),
+        edges=data_flow({kernel.name for kernel in kernels}),
         window=model.sliding_window if model.sliding_layers else None,
+        chunked=model.chunked_window,
         experts=model.experts if model.moe_layers else 0,
         experts_per_token=model.experts_per_token,
-        expert_batches=topology.data_parallel if topology.expert_parallel else 1,
+        expert_batches=topology.data_parallel,
     )
-
-
-def _linear(name: str, repeat: int, rows: float, columns: float, model: ModelSpec) -> Kernel:
-    """Tokens times a weight matrix of rows x columns."""
-    return Kernel(
-        name,
-        KernelKind.LINEAR,
-        repeat,
-        flops={"tokens": 2 * rows * columns},
-        weight_bytes={"step": rows * columns * model.weight_bytes},
-        activation_bytes={"tokens": (rows + columns) * model.activation_bytes},
-    )
-
-
-def _elementwise(name: str, repeat: int, width: float, model: ModelSpec) -> Kernel:
-    """One read and one write of ``width`` values per token, a few FLOPs each."""
-    return Kernel(
-        name,
-        KernelKind.ELEMENTWISE,
-        repeat,
-        flops={"tokens": 4 * width},
-        activation_bytes={"tokens": 2 * width * model.activation_bytes},
-    )
-
-
-def _all_reduce(name: str, repeat: int, model: ModelSpec, topology: Topology) -> Kernel:
-    """Ring all-reduce of the hidden state: each rank sends 2 (n - 1) / n of it (Patarasuk and Yuan, 2009)."""
-    ranks = topology.tensor_parallel
-    sent = 2 * (ranks - 1) / ranks * model.hidden * model.activation_bytes
-    return Kernel(name, KernelKind.COLLECTIVE, repeat if ranks > 1 else 0, network_bytes={"tokens": sent})
 
 
 def _embedding(model: ModelSpec) -> Kernel:
     moved = 2 * model.hidden * model.activation_bytes
-    return Kernel("embedding", KernelKind.ELEMENTWISE, 1, activation_bytes={"tokens": moved})
+    dtype = model.activation_dtype
+    return Kernel("embedding", KernelKind.ELEMENTWISE, 1, activation_bytes={"tokens": moved}, dtype=dtype)
 
 
 def _attention(phase: str, window: bool, model: ModelSpec, topology: Topology) -> Kernel:
@@ -225,11 +160,12 @@ def _attention(phase: str, window: bool, model: ModelSpec, topology: Topology) -
     return Kernel(
         f"{phase}_attention_{'sliding' if window else 'full'}",
         KernelKind.ATTENTION,
-        model.sliding_layers if window else model.layers - model.sliding_layers,
+        model.sliding_layers if window else model.attention_layers - model.sliding_layers,
         payer=Payer(f"{phase}_pairs"),
         flops={f"{prefix}{phase}_pairs": 4 * heads},
         activation_bytes={f"{phase}_tokens": 2 * heads * model.activation_bytes},
         kv_bytes={f"{prefix}{phase}_kv": 2 * _kv_width(model, topology) * model.kv_bytes},
+        dtype=model.activation_dtype,
     )
 
 
@@ -238,83 +174,111 @@ def _kv_width(model: ModelSpec, topology: Topology) -> float:
     return max(1.0, model.kv_heads / topology.tensor_parallel) * model.head_dim
 
 
-def _attention_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
+def _attention_kernels(model: ModelSpec, topology: Topology) -> list[Kernel]:
+    """Plain attention, grouped queries included, from the normed hidden state to the heads' values."""
     q, kv = model.q_width / topology.tensor_parallel, _kv_width(model, topology)
+    layers = model.attention_layers
     rope = Kernel(
         "rope_and_kv_write",
         KernelKind.ELEMENTWISE,
-        model.layers,
+        layers,
         flops={"tokens": 6 * (q + kv)},
         activation_bytes={"tokens": 2 * (q + kv) * model.activation_bytes},
         kv_bytes={"tokens": 2 * kv * model.kv_bytes},
+        dtype=model.activation_dtype,
     )
     attention = [
         _attention(phase, window, model, topology) for phase in ("prefill", "decode") for window in (False, True)
     ]
     return [
-        _elementwise("input_norm", model.layers, model.hidden, model),
-        _linear("qkv_projection", model.layers, model.hidden, q + 2 * kv, model),
+        linear("qkv_projection", layers, (model.hidden, q + 2 * kv), model.attention_precision, model),
         rope,
         *attention,
-        _linear("output_projection", model.layers, q, model.hidden, model),
-        _all_reduce("attention_all_reduce", model.layers, model, topology),
-        _elementwise("post_norm", model.layers, model.hidden, model),
+    ]
+
+
+def _mixer_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
+    """Token mixers with the norms around them: attention, plain or latent, and state space."""
+    layers, values = model.attention_layers, model.q_width / topology.tensor_parallel
+    if model.latent:
+        attention = latent_attention_kernels(model, model.latent, topology)
+        values = model.heads * model.latent.value_dim / topology.tensor_parallel
+    else:
+        attention = _attention_kernels(model, topology)
+    space = state_space_kernels(model, model.state_space, topology) if model.state_space else []
+    return [
+        elementwise("input_norm", layers + model.state_space_layers, model.hidden, model),
+        *attention,
+        linear("output_projection", layers, (values, model.hidden), model.attention_precision, model),
+        all_reduce("attention_all_reduce", layers, model, topology),
+        *space,
+        elementwise("post_norm", model.mlp_layers, model.hidden, model),
     ]
 
 
 def _mlp_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
-    dense = model.layers - model.moe_layers
+    dense, precision = model.mlp_layers - model.moe_layers, model.linear_precision
     width = model.intermediate / topology.tensor_parallel
     ups = model.mlp_matrices - 1
     return [
-        _linear("gate_up_projection", dense, model.hidden, ups * width, model),
-        _elementwise("activation", dense, ups * width, model),
-        _linear("down_projection", dense, width, model.hidden, model),
-        _all_reduce("mlp_all_reduce", model.layers, model, topology),
+        linear("gate_up_projection", dense, (model.hidden, ups * width), precision, model),
+        elementwise("activation", dense, ups * width, model),
+        linear("down_projection", dense, (width, model.hidden), precision, model),
+        all_reduce("mlp_all_reduce", model.mlp_layers, model, topology),
     ]
 
 
 def _grouped(name: str, rows: float, columns: float, model: ModelSpec, topology: Topology) -> Kernel:
-    """Grouped product of the routed tokens with the experts of one rank.
+    """Grouped product of the routed tokens with matrices of rows x columns, the experts on one rank.
 
     Only experts that get a token are streamed: E (1 - (1 - k/E)^T) are expected of T tokens with k of E each.
+    Expert-parallel ranks hold whole experts and get a share of the tokens; else every rank gets all of them.
     """
-    shards = topology.expert_ranks
-    batches = topology.data_parallel if topology.expert_parallel else 1
-    routed = model.experts_per_token * batches / shards
+    ranks = topology.expert_ranks if topology.expert_parallel else 1
+    routed = model.experts_per_token * topology.data_parallel / ranks
     return Kernel(
         name,
         KernelKind.EXPERT,
         model.moe_layers,
         flops={"tokens": 2 * rows * columns * routed},
-        weight_bytes={"experts": rows * columns * model.weight_bytes / shards},
+        weight_bytes={"experts": rows * columns * model.weight_bytes / ranks},
         activation_bytes={"tokens": (rows + columns) * routed * model.activation_bytes},
+        rows=rows,
+        columns=columns,
+        dtype=model.compute_dtype,
     )
 
 
 def _expert_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
-    layers, ups = model.moe_layers, model.mlp_matrices - 1
-    shared = model.shared_intermediate / topology.tensor_parallel
-    sent = topology.data_parallel > 1 and topology.expert_parallel
-    routed_bytes = 2 * model.experts_per_token * model.hidden * model.activation_bytes
+    """Router, routed and shared experts. Without expert parallelism the experts' width is split over all ranks of
+    all data-parallel engines, which then gather each other's tokens (vLLM, FusedMoEParallelConfig)."""
+    layers, ups, precision = model.moe_layers, model.mlp_matrices - 1, model.linear_precision
+    shared, batches = model.shared_intermediate / topology.tensor_parallel, topology.data_parallel
+    width: float = model.moe_intermediate
+    sent = 2 * model.experts_per_token * model.hidden * model.activation_bytes / topology.tensor_parallel
+    if not topology.expert_parallel:
+        width /= topology.tensor_parallel * batches
+        sent = 2 * (batches - 1) * model.hidden * model.activation_bytes
+    router = Precision(model.weight_bytes, model.activation_dtype)
     return [
-        _linear("router", layers, model.hidden, model.experts, model),
-        _grouped("expert_gate_up", model.hidden, ups * model.moe_intermediate, model, topology),
-        _grouped("expert_down", model.moe_intermediate, model.hidden, model, topology),
-        _linear("shared_gate_up", layers if shared else 0, model.hidden, ups * shared, model),
-        _linear("shared_down", layers if shared else 0, shared, model.hidden, model),
+        linear("router", layers, (model.hidden, model.experts), router, model),
+        _grouped("expert_gate_up", model.hidden, ups * width, model, topology),
+        _grouped("expert_down", width, model.hidden, model, topology),
+        linear("shared_gate_up", layers if shared else 0, (model.hidden, ups * shared), precision, model),
+        linear("shared_down", layers if shared else 0, (shared, model.hidden), precision, model),
         Kernel(
             "expert_all_to_all",
             KernelKind.COLLECTIVE,
-            layers if sent else 0,
-            network_bytes={"tokens": routed_bytes / topology.tensor_parallel},
+            layers if batches > 1 else 0,
+            network_bytes={"tokens": sent},
+            dtype=model.activation_dtype,
         ),
     ]
 
 
 def _head(model: ModelSpec, topology: Topology) -> list[Kernel]:
     """Final norm, LM head and sampler; a pooling model has only the norm."""
-    norm = _elementwise("final_norm", 1, model.hidden, model)
+    norm = elementwise("final_norm", 1, model.hidden, model)
     if not model.has_lm_head:
         return [norm]
     vocab = model.vocab / topology.tensor_parallel
@@ -327,6 +291,9 @@ def _head(model: ModelSpec, topology: Topology) -> list[Kernel]:
         flops={"samples": 2 * model.hidden * vocab},
         weight_bytes={"sampled": model.hidden * vocab * size},
         activation_bytes={"samples": (model.hidden + vocab) * size},
+        rows=model.hidden,
+        columns=vocab,
+        dtype=model.activation_dtype,
     )
     # Logits are widened to 32 bits, read and written once more by the softmax.
     sampler = Kernel(
@@ -336,6 +303,7 @@ def _head(model: ModelSpec, topology: Topology) -> list[Kernel]:
         payer=Payer.SAMPLES,
         flops={"samples": 4 * model.vocab},
         activation_bytes={"samples": 3 * 4 * model.vocab},
+        dtype=model.activation_dtype,
     )
     return [norm, head, sampler]
 
@@ -344,32 +312,5 @@ def _transfers(model: ModelSpec, topology: Topology) -> list[Kernel]:
     """The hidden state handed from one pipeline stage to the next."""
     moved = model.hidden * model.activation_bytes
     name, repeat = "stage_transfer", topology.pipeline_parallel - 1
-    return [Kernel(name, KernelKind.COLLECTIVE, repeat, network_bytes={"tokens": moved})]
-
-
-_FLOW: tuple[tuple[str, ...], ...] = (
-    ("embedding",),
-    ("input_norm",),
-    ("qkv_projection",),
-    ("rope_and_kv_write",),
-    ("prefill_attention_full", "decode_attention_full", "prefill_attention_sliding", "decode_attention_sliding"),
-    ("output_projection",),
-    ("attention_all_reduce",),
-    ("post_norm",),
-    ("gate_up_projection", "router", "shared_gate_up"),
-    ("expert_all_to_all",),
-    ("activation", "expert_gate_up", "shared_down"),
-    ("down_projection", "expert_down"),
-    ("mlp_all_reduce",),
-    ("stage_transfer",),
-    ("final_norm",),
-    ("lm_head",),
-    ("sampler",),
-)
-
-
-def _edges(present: set[str]) -> tuple[tuple[str, str], ...]:
-    """Data flow between neighbouring stages of ``_FLOW``, stages without a kernel left out."""
-    stages = [[name for name in stage if name in present] for stage in _FLOW]
-    stages = [stage for stage in stages if stage]
-    return tuple((source, target) for one, two in pairwise(stages) for source in one for target in two)
+    dtype = model.activation_dtype
+    return [Kernel(name, KernelKind.COLLECTIVE, repeat, network_bytes={"tokens": moved}, dtype=dtype)]

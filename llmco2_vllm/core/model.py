@@ -1,7 +1,7 @@
-"""ModelSpec: the sizes of a transformer that decide its FLOPs and bytes, from a Hugging Face ``config.json``.
+"""ModelSpec: the sizes of a language model that decide its FLOPs and bytes, from a Hugging Face ``config.json``.
 
-Families whose layout differs from the generic decoder (latent attention, state-space layers, ...) are read as
-a generic decoder with ``generic=True``; the predictor then widens its interval.
+Families that are not known (``families.py``) are read as a generic decoder with ``generic=True``; the predictor
+then widens its interval.
 """
 
 from __future__ import annotations
@@ -10,57 +10,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from llmco2_vllm.core.families import (
+    FAMILIES,
+    Family,
+    integer,
+    read_attention,
+    read_hybrid,
+    read_mlp,
+    read_window,
+    text_config,
+)
+from llmco2_vllm.core.mixers import HybridLayers, LatentAttention, StateSpace
+from llmco2_vllm.core.precision import read_precision
 
-class _Family(NamedTuple):
-    """What a family's config leaves to its class: gated MLP, tied embeddings, default sliding period."""
-
-    gated: bool = True
-    tied: bool = False
-    sliding_period: int = 1
-    encoder: bool = False
-
-
-_ENCODER = _Family(gated=False, tied=True, encoder=True)
-# Source: the configuration classes of Hugging Face Transformers (configuration_<model_type>.py).
-# sliding_period p: every p-th layer attends to the full context; 1 means that no layer is exempt from the window.
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family(),
-    "mistral": _Family(),
-    "mixtral": _Family(),
-    "qwen2": _Family(),
-    "qwen3": _Family(),
-    "qwen2_moe": _Family(),
-    "qwen3_moe": _Family(),
-    "qwen3_vl_text": _Family(),
-    "phi3": _Family(),
-    "gemma": _Family(tied=True),
-    "gemma2": _Family(tied=True, sliding_period=2),
-    "gemma3": _Family(tied=True, sliding_period=6),
-    "gemma3_text": _Family(tied=True, sliding_period=6),
-    "gpt_oss": _Family(sliding_period=2),
-    "bert": _ENCODER,
-    "roberta": _ENCODER,
-    "xlm-roberta": _ENCODER,
-}
-_DTYPES = {
-    "bfloat16": ("bf16", 2.0),
-    "float16": ("fp16", 2.0),
-    "half": ("fp16", 2.0),
-    "float32": ("fp32", 4.0),
-    "float": ("fp32", 4.0),
-}
-# Bytes per weight and the dtype products are computed in (None: weights are widened, activations decide).
-# mxfp4 adds one scale byte per 32 weights (OCP Microscaling Formats v1.0); gptq and awq one 16-bit scale
-# per group of 128, and small zero points.
-_QUANTISED: Mapping[str, tuple[float, str | None]] = {
-    "fp8": (1.0, "fp8"),
-    "fbgemm_fp8": (1.0, "fp8"),
-    "mxfp4": (0.5 + 1 / 32, None),
-    "int8": (1.0, "int8"),
-    "int4": (0.5 + 2 / 128, None),
-}
-_KV_BYTES = {"fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4.0}
 _NO_HEAD = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForRewardModel")
+
+
+class Precision(NamedTuple):
+    """How a weight matrix is stored, bytes per weight, and the dtype its products are computed in."""
+
+    weight_bytes: float
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -69,9 +39,13 @@ class ModelSpec:
 
     intermediate: width of the dense MLP; moe_intermediate: of one expert; shared_intermediate: of all
     shared experts of a layer together. moe_layers of ``layers`` have experts instead of the dense MLP.
-    sliding_layers of ``layers`` attend to the last ``sliding_window`` tokens only.
+    sliding_layers of ``layers`` attend to the last ``sliding_window`` tokens only, or with chunked_window to
+    the part of their own chunk of that many tokens which lies behind them.
     weight_bytes: bytes per weight of the linear layers; head and embedding stay at activation_bytes.
+    attention_weight_bytes: of the attention projections where they are not quantised as the rest; None: as the rest.
     compute_dtype: dtype of the products of the linear layers; activation_dtype: of everything else.
+    latent: sizes of latent attention, which then replaces the plain one; head_dim is that of its queries.
+    hybrid: layers by kind where each layer is a mixer or an MLP, with state_space the sizes of the former.
     generic: the layout was guessed, estimates are out of distribution.
     """
 
@@ -99,6 +73,11 @@ class ModelSpec:
     has_lm_head: bool = True
     generic: bool = False
     family: str = ""
+    chunked_window: bool = False
+    attention_weight_bytes: float | None = None
+    latent: LatentAttention | None = None
+    hybrid: HybridLayers | None = None
+    state_space: StateSpace | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], kv_cache_dtype: str = "auto") -> ModelSpec:
@@ -107,23 +86,24 @@ class ModelSpec:
         ``dtype`` (or ``torch_dtype``) may be overridden in the mapping with what the engine really runs.
         Raises ValueError that names the missing or impossible key.
         """
-        text = config.get("text_config")
-        merged = {**config, **text} if isinstance(text, Mapping) else dict(config)
-        family = str(merged.get("model_type", ""))
-        traits = _FAMILIES.get(family, _Family())
-        precision = _precision(merged, config.get("quantization_config"), kv_cache_dtype)
-        # An encoder attends both ways, which the causal pairs of a batch do not count: not calibrated either.
-        precision["generic"] |= family not in _FAMILIES or traits.encoder
+        merged = text_config(config)
+        name = str(merged.get("model_type", ""))
+        family = FAMILIES.get(name, Family())
+        precision = read_precision(merged, config.get("quantization_config"), kv_cache_dtype)
+        # An encoder attends both ways, which the causal pairs of a batch do not count; experts behind a narrower
+        # latent width (moe_latent_size) are not described: not calibrated either.
+        precision["generic"] |= name not in FAMILIES or family.encoder or bool(merged.get("moe_latent_size"))
         return cls(
-            **_attention(merged),
-            **_mlp(merged),
-            **_sliding(merged, traits),
+            **read_attention(merged),
+            **read_mlp(merged),
+            **read_window(merged, family),
+            **read_hybrid(merged),
             **precision,
-            vocab=_integer(merged, "vocab_size"),
-            gated_mlp=traits.gated,
-            tied_embeddings=bool(merged.get("tie_word_embeddings", traits.tied)),
-            has_lm_head=_has_lm_head(config, traits),
-            family=family,
+            vocab=integer(merged, "vocab_size"),
+            gated_mlp=family.gated,
+            tied_embeddings=bool(merged.get("tie_word_embeddings", family.tied)),
+            has_lm_head=_has_lm_head(config, family),
+            family=name,
         )
 
     @property
@@ -137,9 +117,41 @@ class ModelSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def cache_width(self) -> int:
+        """Values cached per token and attention layer: keys and values, or the latent that all heads share."""
+        return self.latent.cache_width if self.latent else 2 * self.kv_width
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers with attention."""
+        return self.hybrid.attention if self.hybrid else self.layers
+
+    @property
+    def state_space_layers(self) -> int:
+        """Layers with a recurrent state."""
+        return self.hybrid.state_space if self.hybrid else 0
+
+    @property
+    def mlp_layers(self) -> int:
+        """Layers with an MLP or experts."""
+        return self.hybrid.mlp if self.hybrid else self.layers
+
+    @property
     def mlp_matrices(self) -> int:
         """Matrices of one MLP: up and down, and gate."""
         return 3 if self.gated_mlp else 2
+
+    @property
+    def linear_precision(self) -> Precision:
+        """Of the MLP and of experts."""
+        return Precision(self.weight_bytes, self.compute_dtype)
+
+    @property
+    def attention_precision(self) -> Precision:
+        """Of the projections of attention."""
+        if self.attention_weight_bytes is None:
+            return self.linear_precision
+        return Precision(self.attention_weight_bytes, self.activation_dtype)
 
     @property
     def embedding_parameters(self) -> int:
@@ -147,16 +159,24 @@ class ModelSpec:
         return self.vocab * self.hidden
 
     @property
+    def attention_parameters(self) -> int:
+        """Weights of the attention of one layer, biases left out."""
+        if self.latent:
+            return self.latent.parameters(self.hidden, self.heads)
+        return self.hidden * (2 * self.q_width + 2 * self.kv_width)
+
+    @property
     def non_embedding_parameters(self) -> int:
         """Weights of all layers and the final norm, without embedding and LM head."""
-        attention = self.hidden * (2 * self.q_width + 2 * self.kv_width)
         dense = self.mlp_matrices * self.hidden * self.intermediate
         experts = self.experts * self.mlp_matrices * self.hidden * self.moe_intermediate
         shared = self.mlp_matrices * self.hidden * self.shared_intermediate
         moe = self.hidden * self.experts + experts + shared
-        norms = 2 * self.hidden
-        dense_layers = self.layers - self.moe_layers
-        return self.layers * (attention + norms) + dense_layers * dense + self.moe_layers * moe + self.hidden
+        mixers = self.attention_layers * self.attention_parameters
+        if self.state_space:
+            mixers += self.state_space_layers * self.state_space.parameters(self.hidden)
+        norms = (self.attention_layers + self.state_space_layers + self.mlp_layers + 1) * self.hidden
+        return mixers + norms + (self.mlp_layers - self.moe_layers) * dense + self.moe_layers * moe
 
     @property
     def parameters(self) -> int:
@@ -165,110 +185,8 @@ class ModelSpec:
         return self.non_embedding_parameters + self.embedding_parameters + head
 
 
-def _integer(config: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        if config.get(name) is not None:
-            value = config[name]
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"model config: {name}={value!r} is not possible; expected a positive integer")
-            return value
-    raise ValueError(f"model config: key {names[0]!r} is missing")
-
-
-def _optional(config: Mapping[str, Any], *names: str) -> int:
-    return next((int(config[name]) for name in names if config.get(name)), 0)
-
-
-def _attention(config: Mapping[str, Any]) -> dict[str, Any]:
-    hidden = _integer(config, "hidden_size", "n_embd", "d_model")
-    heads = _integer(config, "num_attention_heads", "n_head")
-    return {
-        "layers": _integer(config, "num_hidden_layers", "n_layer"),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": _optional(config, "num_key_value_heads") or heads,
-        "head_dim": _optional(config, "head_dim") or max(1, hidden // heads),
-    }
-
-
-def _mlp(config: Mapping[str, Any]) -> dict[str, Any]:
-    experts = _optional(config, "num_experts", "num_local_experts", "n_routed_experts")
-    layers = _integer(config, "num_hidden_layers", "n_layer")
-    if experts <= 1:
-        return {"intermediate": _integer(config, "intermediate_size", "n_inner")}
-    moe_intermediate = _optional(config, "moe_intermediate_size") or _integer(config, "intermediate_size")
-    shared = _optional(config, "shared_expert_intermediate_size")
-    shared = shared or _optional(config, "n_shared_experts") * moe_intermediate
-    step = max(1, _optional(config, "decoder_sparse_step"))
-    dense_only = set(config.get("mlp_only_layers") or [])
-    dense_only |= set(range(_optional(config, "first_k_dense_replace")))
-    moe_layers = sum((layer + 1) % step == 0 and layer not in dense_only for layer in range(layers))
-    return {
-        "intermediate": _optional(config, "intermediate_size") or moe_intermediate,
-        "experts": experts,
-        "experts_per_token": _integer(config, "num_experts_per_tok", "num_experts_per_token"),
-        "moe_intermediate": moe_intermediate,
-        "shared_intermediate": shared,
-        "moe_layers": moe_layers,
-    }
-
-
-def _sliding(config: Mapping[str, Any], traits: _Family) -> dict[str, Any]:
-    window = _optional(config, "sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return {"sliding_window": None, "sliding_layers": 0}
-    layers = _integer(config, "num_hidden_layers", "n_layer")
-    kinds = config.get("layer_types")
-    if kinds:
-        return {"sliding_window": window, "sliding_layers": sum(kind == "sliding_attention" for kind in kinds)}
-    period = _optional(config, "sliding_window_pattern") or traits.sliding_period
-    full = layers // period if period > 1 else 0
-    return {"sliding_window": window, "sliding_layers": layers - full}
-
-
-def _precision(config: Mapping[str, Any], quantised: Any, kv_cache_dtype: str) -> dict[str, Any]:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"model config: dtype={name!r} is not possible; allowed: {', '.join(sorted(_DTYPES))}")
-    dtype, size = _DTYPES[name]
-    weight_bytes, compute = size, dtype
-    method = _quantisation(quantised if quantised is not None else config.get("quantization_config"))
-    if method is not None and method in _QUANTISED:
-        weight_bytes, products = _QUANTISED[method]
-        compute = products or dtype
-    return {
-        "generic": method == "unknown",
-        "activation_dtype": dtype,
-        "compute_dtype": compute,
-        "weight_bytes": weight_bytes,
-        "activation_bytes": size,
-        "kv_bytes": _KV_BYTES.get(kv_cache_dtype, size),
-    }
-
-
-def _quantisation(settings: Any) -> str | None:
-    """Key of ``_QUANTISED``, None for weights stored in the model's dtype, ``unknown`` for a method not listed."""
-    if not isinstance(settings, Mapping):
-        return None
-    method = str(settings.get("quant_method", "")).lower()
-    if method is not None and method in _QUANTISED:
-        return method
-    bits, floating = settings.get("bits", settings.get("num_bits")), False
-    groups = settings.get("config_groups")
-    if isinstance(groups, Mapping) and groups:
-        weights = next(iter(groups.values())).get("weights") or {}
-        bits, floating = weights.get("num_bits"), weights.get("type") == "float"
-    if method == "bitsandbytes":
-        bits = 4 if settings.get("load_in_4bit") else 8
-    if bits == 8:
-        return "fp8" if floating or "FP8" in str(settings.get("quant_algo", "")) else "int8"
-    if bits == 4:
-        return "int4"
-    return "unknown"
-
-
-def _has_lm_head(config: Mapping[str, Any], traits: _Family) -> bool:
+def _has_lm_head(config: Mapping[str, Any], family: Family) -> bool:
     names = config.get("architectures")
     if not names:
-        return not traits.encoder
+        return not family.encoder
     return not str(names[0]).endswith(_NO_HEAD)

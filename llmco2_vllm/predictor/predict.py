@@ -46,7 +46,7 @@ class RooflinePredictor:
         self._limit_watts = device.power_limit_watts
         self._ranks = float(topology.tensor_parallel)
         self._step_overhead, self._sequence_overhead = overhead_seconds(self.graph, coefficients)
-        work = work_matrix(self.graph, model, device, coefficients)
+        work = work_matrix(self.graph, device, coefficients)
         self._kernels = _kernel_terms(self.graph, work)
         self._own = _own_terms(self.graph, work)
 
@@ -126,10 +126,9 @@ def efficiencies(kind: KernelKind, coefficients: Coefficients) -> tuple[float, f
     return compute, memory, coefficients.link_efficiency
 
 
-def kernel_peak_flops(kernel: Kernel, model: ModelSpec, device: DeviceSpec) -> float:
-    """Dense peak in FLOP/s for a kernel's products: quantised for the layers' weights, else the model's dtype."""
-    weights = kernel.kind in (KernelKind.LINEAR, KernelKind.EXPERT) and kernel.name not in ("lm_head", "router")
-    return device.peak_flops(model.compute_dtype if weights else model.activation_dtype)
+def kernel_peak_flops(kernel: Kernel, device: DeviceSpec) -> float:
+    """Dense peak in FLOP/s for a kernel's products."""
+    return device.peak_flops(kernel.dtype)
 
 
 def overhead_seconds(graph: KernelGraph, coefficients: Coefficients) -> tuple[float, float]:
@@ -144,12 +143,12 @@ def overhead_seconds(graph: KernelGraph, coefficients: Coefficients) -> tuple[fl
     return step, coefficients.sequence_overhead_seconds
 
 
-def work_matrix(graph: KernelGraph, model: ModelSpec, device: DeviceSpec, coefficients: Coefficients) -> FloatArray:
+def work_matrix(graph: KernelGraph, device: DeviceSpec, coefficients: Coefficients) -> FloatArray:
     """Seconds of each kernel by compute, memory and network ceiling, then its joules of use, by driver.
 
     Shape (4 x kernels, drivers); repeats are included, one tensor-parallel rank.
     """
-    peak = np.array([[kernel_peak_flops(kernel, model, device)] for kernel in graph.kernels])
+    peak = np.array([[kernel_peak_flops(kernel, device)] for kernel in graph.kernels])
     share = np.array([efficiencies(kernel.kind, coefficients) for kernel in graph.kernels])
     compute = graph.coefficients("flops") / peak
     memory = graph.memory_coefficients() / device.memory_bandwidth_bytes_per_second

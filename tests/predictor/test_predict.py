@@ -94,7 +94,7 @@ def slow_estimate(
             amount(kernel, "weight_bytes", "activation_bytes", "kv_bytes"),
             amount(kernel, "network_bytes"),
         )
-        peak, bandwidth = kernel_peak_flops(kernel, model, device), device.memory_bandwidth_bytes_per_second
+        peak, bandwidth = kernel_peak_flops(kernel, device), device.memory_bandwidth_bytes_per_second
         compute, memory, link = efficiencies(kernel.kind, c)
         sent = (device.link_bytes_per_second or bandwidth) * link
         times[kernel.payer] += least_time_seconds(work, Ceilings(peak * compute, bandwidth * memory, sent))
