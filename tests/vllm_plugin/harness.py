@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -130,7 +131,8 @@ def make_scheduler(config: VllmConfig, blocks: int = 20000, base: type | None = 
 
 def make_request(request_id: str, prompt: int | list[int], max_tokens: int = 16, **sampling: Any) -> Request:
     """A request with ``prompt`` tokens (a number makes distinct ones)."""
-    tokens = prompt if isinstance(prompt, list) else [(hash(request_id) + i) % 1000 + 10 for i in range(prompt)]
+    seed = crc32(request_id.encode())
+    tokens = prompt if isinstance(prompt, list) else [(seed + i) % 1000 + 10 for i in range(prompt)]
     params = SamplingParams(max_tokens=max_tokens, **sampling)
     call(params.update_from_generation_config, generation_config={}, eos_token_id=EOS, model_eos_token_id=EOS)
     return call(
