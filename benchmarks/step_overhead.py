@@ -1,12 +1,13 @@
 """Time our hook adds to each scheduler step, over vLLM's real scheduler classes.
 
-    python benchmarks/step_overhead.py [--requests 1 8 64 256 1024] [--steps 400] [--json]
+    python benchmarks/step_overhead.py [--requests 1 8 64 256 1024] [--steps 400] [--device h100-sxm] [--json]
 
 One scheduler with the hook runs steady decode, steady decode with stop strings in every request (the
 front end must know the figures at each output), then mixed steps (8 prefills join and 8 requests leave
 each step). ``added`` is the time spent inside our four hooks in a step, taken around each of them with a
 clock whose own cost is subtracted; ``scheduler`` is schedule() plus update_from_output() without them.
-The hook is the product's: predictor, ledgers, outbox.
+The hook is the product's: predictor, ledgers, outbox. With --device the steps are priced as that GPU's, by the
+network; without it as this host's, by the Roofline.
 """
 
 from __future__ import annotations
@@ -61,11 +62,15 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(folder: Path, requests: int, steps: int, mixed: int = 0, stop: bool = False) -> dict[str, Any]:
+def measure(
+    folder: Path, requests: int, arguments: argparse.Namespace, mixed: int = 0, stop: bool = False
+) -> dict[str, Any]:
     """Run one scheduler and time its steps; ``mixed`` prompts of 128 tokens join each step."""
     from tests.vllm_plugin import harness
 
-    config = harness.make_config(folder, Settings(), max_num_seqs=requests + 64, max_num_batched_tokens=32768)
+    config = harness.make_config(
+        folder, Settings(device=arguments.device), max_num_seqs=requests + 64, max_num_batched_tokens=32768
+    )
     scheduler = harness.make_scheduler(config, blocks=400_000)
     engine = harness.Engine(scheduler)
     for i in range(requests):
@@ -77,7 +82,7 @@ def measure(folder: Path, requests: int, steps: int, mixed: int = 0, stop: bool 
         engine.step()
     watch = Stopwatch(scheduler.llmco2_hook)
     added, plain = [], []
-    for step in range(steps):
+    for step in range(arguments.steps):
         for i in range(mixed):
             lifetime = max(requests // mixed, 2)
             scheduler.add_request(harness.make_request(f"s{step}-{i}", 128, max_tokens=lifetime))
@@ -94,7 +99,8 @@ def measure(folder: Path, requests: int, steps: int, mixed: int = 0, stop: bool 
     return {
         "kind": "mixed" if mixed else "stop" if stop else "steady",
         "requests": requests,
-        "steps": steps,
+        "steps": arguments.steps,
+        "predictor": scheduler.llmco2_hook.monitor.predictor.name,
         "added_p50_us": round(median(added), 1),
         "added_p99_us": round(percentile(added, 0.99), 1),
         "scheduler_p50_us": round(median(plain), 1),
@@ -108,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--device", help="a GPU of the catalog, to price with the network")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -118,10 +125,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = harness.model_folder(Path(name))
         for requests in arguments.requests:
-            rows.append(measure(folder, requests, arguments.steps))
+            rows.append(measure(folder, requests, arguments))
             if requests >= 64:
-                rows.append(measure(folder, requests, arguments.steps, stop=True))
-                rows.append(measure(folder, requests, arguments.steps, mixed=8))
+                rows.append(measure(folder, requests, arguments, stop=True))
+                rows.append(measure(folder, requests, arguments, mixed=8))
     steady = {row["requests"]: row["added_p50_us"] for row in rows if row["kind"] == "steady"}
     low, high = min(steady), max(steady)
     growth = (steady[high] - steady[low]) / (high - low) if high > low else 0.0

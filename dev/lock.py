@@ -45,7 +45,10 @@ def main() -> None:
     """Resolve and write the lock."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    ours = [Requirement(text) for text in [*project["dependencies"], *extras["cpu"], *extras["demo"], *extras["dev"]]]
+    chosen_extras = ("cpu", "demo", "dev", "train")
+    ours = [
+        Requirement(text) for text in [*project["dependencies"], *(t for name in chosen_extras for t in extras[name])]
+    ]
     alone = [str(requirement) for requirement in ours if canonicalize_name(requirement.name) in ALONE]
     chosen = report("--no-deps", *alone)
     declared = [

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmco2_vllm.config import ConfigError, Settings
+from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, detect_host, device_by_name
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.monitor import StepMonitor
+from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import RooflineCalibration
+from llmco2_vllm.predictor.gnn import GnnPredictor
 from llmco2_vllm.predictor.predict import RooflinePredictor
 
 NO_METER = "this version predicts only; no meter is built in yet"
@@ -57,7 +62,7 @@ def check_settings(settings: Settings) -> None:
     except (KeyError, ValueError) as error:
         raise ConfigError(f"device={settings.device!r} is not possible; {error.args[0]}") from None
     try:
-        _calibration(settings)
+        _bundle(settings.predictor)
     except (OSError, ValueError) as error:
         raise ConfigError(f"predictor={settings.predictor!r} is not possible; {error}") from None
 
@@ -69,11 +74,40 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     model = ModelSpec.from_config({**deployment.model_config, "dtype": deployment.dtype}, deployment.kv_cache_dtype)
     if deployment.pooling:
         model = replace(model, has_lm_head=False)
-    predictor = RooflinePredictor(model, device, deployment.topology, _calibration(settings))
+    predictor = predictor_of(settings.predictor, model, device, deployment.topology)
     reason = METER_OFF if settings.meter == "none" else NO_METER
     return Meter(StepMonitor(predictor), device, "none", reason)
 
 
-def _calibration(settings: Settings) -> RooflineCalibration:
-    path = None if settings.predictor == "roofline" else Path(settings.predictor).expanduser()
-    return RooflineCalibration.load(path)
+def predictor_of(name: str, model: ModelSpec, device: DeviceSpec, topology: Topology) -> Predictor:
+    """The predictor called ``name`` in the settings. The network knows no CPUs: there it is the Roofline anyhow.
+
+    Raises OSError and ValueError when a bundle cannot be read.
+    """
+    bundle = _bundle(name)
+    if isinstance(bundle, Bundle) and device.kind == "gpu":
+        return GnnPredictor(model, device, topology, bundle)
+    calibration = bundle if isinstance(bundle, RooflineCalibration) else RooflineCalibration.load()
+    return RooflinePredictor(model, device, topology, calibration)
+
+
+def _bundle(name: str) -> Bundle | RooflineCalibration:
+    """What a predictor is made of: the shipped network or Roofline, or a file of either kind."""
+    if name == "gnn":
+        return Bundle.load()
+    if name == "roofline":
+        return RooflineCalibration.load()
+    path = Path(name).expanduser()
+    return Bundle.load(path) if zipfile.is_zipfile(path) else RooflineCalibration.load(path)
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """A Hugging Face configuration from ``config.json`` or the folder it lies in. Raises OSError, ValueError."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected an object, got {type(config).__name__}")
+    return config

@@ -49,7 +49,7 @@ class Settings(BaseModel):
         description="Energy of the rest of the node as a fraction of device energy, 0 to 5; without it not counted",
     )
     predictor: Annotated[str, Field(min_length=1)] = Field(
-        "roofline", description="roofline, or the path of a predictor bundle"
+        "gnn", description="gnn (on CPUs: roofline), roofline, or the path of a predictor bundle"
     )
     samples: Path | None = Field(
         None, description="Folder for metered samples; nothing is written while no meter is open"
@@ -76,11 +76,11 @@ class Settings(BaseModel):
     @classmethod
     def _known_predictor(cls, value: str) -> str:
         try:
-            found = value == "roofline" or Path(value).expanduser().is_file()
+            found = value in ("gnn", "roofline") or Path(value).expanduser().is_file()
         except OSError:
             found = False
         if not found:
-            raise ValueError("'roofline' or the path of a predictor bundle that exists")
+            raise ValueError("'gnn', 'roofline' or the path of a predictor bundle that exists")
         return value
 
 

@@ -19,7 +19,7 @@ PINS = dict(
     line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = ("cpu", "demo", "dev")
+EXTRAS = ("cpu", "demo", "dev", "train")
 
 
 def declared() -> list[Requirement]:

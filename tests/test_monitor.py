@@ -14,7 +14,9 @@ from llmco2_vllm.core.estimate import Estimate
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, device_by_name
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.monitor import StepMonitor, empty_batch_costs_nothing
+from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import RooflineCalibration
+from llmco2_vllm.predictor.gnn import GnnPredictor
 from llmco2_vllm.predictor.predict import RooflinePredictor
 from llmco2_vllm.testing import ConstantPredictor, FakeClock
 
@@ -38,6 +40,7 @@ PREDICTORS = {
     "experts": RooflinePredictor(EXPERTS, device_by_name("b200"), Topology(4), CALIBRATION),
     "on a CPU": RooflinePredictor(LLAMA_8B, CPU, Topology(), CALIBRATION),
 }
+LEARNED = GnnPredictor(LLAMA_8B, device_by_name("h100-sxm"), Topology(), Bundle.load())
 
 
 def start(monitor: StepMonitor, contexts: list[int]) -> None:
@@ -119,6 +122,20 @@ def test_rates_that_hold_for_a_while_err_by_less_than_a_thousandth(name: str, co
         exact += predictor.estimate(shape_of([context + step for context in contexts])).energy_joules
         monitor.begin_steady(object())
     assert monitor.totals.decode_joules == pytest.approx(exact, rel=1e-3)
+
+
+@given(st.lists(st.integers(64, 20000), min_size=1, max_size=20), st.integers(1, 200))
+def test_the_networks_rates_that_hold_for_a_while_err_by_less_than_a_half_percent(
+    contexts: list[int], count: int
+) -> None:
+    predictor = LEARNED
+    monitor = StepMonitor(predictor)
+    start(monitor, contexts)
+    exact = 0.0
+    for step in range(count):
+        exact += predictor.estimate(shape_of([context + step for context in contexts])).energy_joules
+        monitor.begin_steady(object())
+    assert monitor.totals.decode_joules == pytest.approx(exact, rel=5e-3)
 
 
 def shape_of(contexts: list[int]) -> BatchShape:

@@ -9,7 +9,11 @@ import click
 
 COMMANDS: Final = {
     "demo": "Serve a small real model with --carbon, send requests, show what they cost.",
+    "evaluate": "Score predictions against a table of measurements.",
     "model": "Convert the demo's model to safetensors and print its folder.",
+    "predict": "Predict energy and carbon of a batch of requests on a device.",
+    "train": "Train the network on tables of measurements and write a bundle.",
+    "plan": "Say which steps to measure next, by error x traffic and coverage.",
 }
 
 

@@ -43,6 +43,7 @@ class ModelSpec:
     the part of their own chunk of that many tokens which lies behind them.
     weight_bytes: bytes per weight of the linear layers; head and embedding stay at activation_bytes.
     attention_weight_bytes: of the attention projections where they are not quantised as the rest; None: as the rest.
+    block_quantised: quantised weights with a scale per block (``weight_block_size``), not per tensor or channel.
     compute_dtype: dtype of the products of the linear layers; activation_dtype: of everything else.
     latent: sizes of latent attention, which then replaces the plain one; head_dim is that of its queries.
     hybrid: layers by kind where each layer is a mixer or an MLP, with state_space the sizes of the former.
@@ -75,6 +76,7 @@ class ModelSpec:
     family: str = ""
     chunked_window: bool = False
     attention_weight_bytes: float | None = None
+    block_quantised: bool = False
     latent: LatentAttention | None = None
     hybrid: HybridLayers | None = None
     state_space: StateSpace | None = None

@@ -50,6 +50,7 @@ def read_precision(config: Mapping[str, Any], quantised: Any, kv_cache_dtype: st
         "compute_dtype": compute,
         "weight_bytes": weight_bytes,
         "attention_weight_bytes": attention,
+        "block_quantised": isinstance(settings, Mapping) and bool(settings.get("weight_block_size")),
         "activation_bytes": size,
         "kv_bytes": _KV_BYTES.get(kv_cache_dtype, size),
     }
