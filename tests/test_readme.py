@@ -55,7 +55,23 @@ def check_pip(words: list[str]) -> None:
     assert words[1:] in (["install", "."], ["uninstall", name])
 
 
-CHECKS = {"make": check_make, "python": check_module, "vllm": check_serve, "pip": check_pip}
+def check_llmco2(words: list[str]) -> None:
+    from click.testing import CliRunner
+
+    from llmco2_vllm.cli.main import main
+
+    answer = CliRunner().invoke(main, [words[1], "--help"])
+    assert answer.exit_code == 0, answer.output
+    assert all(option in answer.output for option in words[2:] if option.startswith("--"))
+
+
+CHECKS = {
+    "llmco2": check_llmco2,
+    "make": check_make,
+    "python": check_module,
+    "vllm": check_serve,
+    "pip": check_pip,
+}
 
 
 def test_the_readme_has_commands_of_every_kind() -> None:
