@@ -14,8 +14,9 @@ from llmco2_vllm.core.scores import score
 from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import Interval
 from llmco2_vllm.predictor.gnn import regime_key
-from llmco2_vllm.training.fit import Recipe, Table, campaign, devices_of, trainable
+from llmco2_vllm.training.fit import Recipe, Table, devices_of, trainable
 from llmco2_vllm.training.observation import Observation
+from llmco2_vllm.training.origin import campaign
 from llmco2_vllm.training.predict import Trained, train_on
 
 FloatArray = NDArray[np.float64]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,12 +15,11 @@ from llmco2_vllm.core.features import GraphFeatures
 from llmco2_vllm.predictor.forward import DEFAULT_DEVICE
 from llmco2_vllm.training.network import Graphs, KernelGraphNetwork, Steps, collate
 from llmco2_vllm.training.observation import Observation
+from llmco2_vllm.training.origin import ERA, campaign, features_of
 
 DECODE_WEIGHT = 0.5
 # Errors beyond this (15 %) count linearly: a few rows of every source are far off for reasons no feature tells.
 HUBER_DELTA = 0.15
-# Engines of this year are like today's; older ones have a host time of their own on each device.
-ERA = "2025"
 # How far a source's rows are off for reasons of their own: hours of steady state, minutes of an older engine, medians
 # of few repeats read off a simulator's table.
 SOURCE_WEIGHTS = {"mlenergy-v3": 1.0, "mlenergy-v2": 0.3, "splitwise": 0.3}
@@ -52,24 +51,6 @@ class Mean(NamedTuple):
         scale = np.array([o.devices / o.topology.pipeline_parallel for o in observations])
         joules: np.ndarray = (self.step_seconds * self.power_watts).detach().numpy() * scale
         return joules
-
-
-def campaign(observation: Observation) -> str | None:
-    """Rows of a source that ran slower than others of the same model for a reason their columns do not tell.
-
-    ML.ENERGY v3, gpqa on one B200: 20 to 30 ms a step on top of what chat rows of the same model and batch take, at
-    300 W: its host, not its GPU. All but gpt-oss. Fitted apart, and never part of a prediction for a deployment.
-    """
-    deployment = observation.deployment
-    slow = observation.source == "mlenergy-v3" and deployment.workload == "gpqa" and deployment.device == "b200"
-    return "mlenergy-v3/gpqa/b200" if slow and deployment.n_gpu == 1 and deployment.precision != "mxfp4" else None
-
-
-def features_of(observation: Observation) -> GraphFeatures:
-    """Features of the deployment an observation was made on."""
-    model = replace(observation.model, block_quantised=observation.block_quantised)
-    era = "" if observation.era == ERA else observation.era
-    return GraphFeatures.of(model, observation.device, observation.topology, era)
 
 
 def trainable(observations: Iterable[Observation]) -> list[Observation]:
@@ -163,14 +144,8 @@ def fit(table: Table, chosen: Sequence[bool], recipe: Recipe, tick: Callable[[],
 
 def devices_of(observations: Iterable[Observation]) -> tuple[str, ...]:
     """The rows of a device table: the default and every device observed."""
-    names = {features_host(o) for o in observations}
+    names = {o.device.name if o.era == ERA else f"{o.device.name}@{o.era}" for o in observations}
     return (DEFAULT_DEVICE, *sorted(names))
-
-
-def features_host(observation: Observation) -> str:
-    """Row of the device table an observation belongs to."""
-    name = observation.device.name
-    return name if observation.era == ERA else f"{name}@{observation.era}"
 
 
 def _groups(model: Model, recipe: Recipe) -> list[dict[str, object]]:

@@ -6,13 +6,11 @@ Numpy alone: nothing here imports torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmco2_vllm.core.features import GraphFeatures
 from llmco2_vllm.core.scores import Scores, score
 from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import Interval
@@ -21,16 +19,15 @@ from llmco2_vllm.predictor.gnn import regime_key
 from llmco2_vllm.training.dataset import Dataset
 from llmco2_vllm.training.evaluate import Predictions, conformal_error, phase
 from llmco2_vllm.training.observation import Observation
+from llmco2_vllm.training.origin import campaign, features_of
 from llmco2_vllm.training.released import ReleasedPredictor, ReleasedRows, grouped_folds
 from llmco2_vllm.training.residuals import rows_of
-from llmco2_vllm.training.sources import LLMCO2, V3
+from llmco2_vllm.training.sources import LLMCO2
 
 FloatArray = NDArray[np.float64]
 ENERGY = "step energy, joules"
 TIME = "time, seconds"
 LABELS = "LLMCO2 released labels, unit unknown"
-# The engine a bundle speaks for; rows of other years have device parameters of their own.
-_ERA = "2025"
 LEAST_REQUESTS = 20
 
 
@@ -140,24 +137,9 @@ def _intervals(bundle: Bundle, observations: Sequence[Observation]) -> list[Inte
 
 def _regime(bundle: Bundle, observation: Observation) -> str:
     features = features_of(observation)
-    device = features.device.name if observation.era == _ERA else f"{features.device.name}@{observation.era}"
     model = features.model
-    known = device in bundle.devices and not model.generic and regime_key(model) in bundle.seen
+    known = features.host in bundle.devices and not model.generic and regime_key(model) in bundle.seen
     return phase(observation) if known and not observation.multimodal else "unknown"
-
-
-def features_of(observation: Observation) -> GraphFeatures:
-    """Features of the deployment an observation was made on; as in ``training/fit.py``, which imports torch."""
-    model = replace(observation.model, block_quantised=observation.block_quantised)
-    era = "" if observation.era == _ERA else observation.era
-    return GraphFeatures.of(model, observation.device, observation.topology, era)
-
-
-def campaign(observation: Observation) -> str | None:
-    """Name of the slow campaign a row belongs to; as in ``training/fit.py``, which imports torch."""
-    deployment = observation.deployment
-    slow = observation.source == V3 and deployment.workload == "gpqa" and deployment.device == "b200"
-    return "mlenergy-v3/gpqa/b200" if slow and deployment.n_gpu == 1 and deployment.precision != "mxfp4" else None
 
 
 def released_rows(observations: Sequence[Observation]) -> ReleasedRows:

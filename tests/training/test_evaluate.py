@@ -20,6 +20,7 @@ from llmco2_vllm.training import evaluate, fit, score_tables
 from llmco2_vllm.training.dataset import Dataset, read
 from llmco2_vllm.training.export import bundle_of
 from llmco2_vllm.training.observation import Observation
+from llmco2_vllm.training.origin import campaign
 from llmco2_vllm.training.predict import Trained, train
 from llmco2_vllm.training.released import ReleasedRows
 from llmco2_vllm.training.splits import (
@@ -165,18 +166,12 @@ def test_a_bundle_predicts_what_the_trained_model_does(
     observations: list[Observation], trained: Trained, bundle: Bundle
 ) -> None:
     """The mean over the steps of a mix, offsets and the slow campaign included; numpy against torch."""
-    assert {score_tables.campaign(o) for o in observations} == {None, "mlenergy-v3/gpqa/b200"}
+    assert {campaign(o) for o in observations} == {None, "mlenergy-v3/gpqa/b200"}
     served, mean = score_tables.predict(bundle, observations), trained.predict(observations)
     np.testing.assert_allclose(served.energy_joules, mean.energy_joules(observations), rtol=1e-9)
     np.testing.assert_allclose(served.step_seconds, mean.step_seconds.numpy(), rtol=1e-9)
     means = score_tables.means(bundle, observations)
     np.testing.assert_allclose([m.decode_seconds for m in means], mean.decode_seconds.numpy(), rtol=1e-9)
-
-
-def test_campaigns_and_features_are_those_of_the_fit(observations: list[Observation]) -> None:
-    for o in observations:
-        assert score_tables.campaign(o) == fit.campaign(o)
-        np.testing.assert_array_equal(score_tables.features_of(o).static, fit.features_of(o).static)
 
 
 def test_what_a_bundle_has_not_seen_gets_the_interval_of_the_unknown(
