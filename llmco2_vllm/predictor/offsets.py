@@ -35,6 +35,8 @@ def architecture_key(model: ModelSpec) -> str:
 def deployment_key(model: ModelSpec, device: str, topology: Topology) -> str:
     """Names an architecture at a precision on so many devices."""
     layout = f"tp{topology.tensor_parallel}-pp{topology.pipeline_parallel}-dp{topology.data_parallel}"
+    if topology.expert_parallel:
+        layout += "-ep"
     return f"{architecture_key(model)}-b{model.weight_bytes:g}-{device}-{layout}"
 
 
@@ -94,16 +96,18 @@ class Offsets:
         places, weights = self.rows.log_batch[same], BATCH**2 * self.weights[same]
         if not len(places):
             return lambda requests: (float(base[0]), float(base[1]))
-        # Between grid points a straight line: an exponential for each row would be the slowest part of a step.
-        grid = np.linspace(0.0, math.log(1 << 14), 64)
+        # Between grid points a straight line: an exponential for each row would be the slowest part of a step. Beyond
+        # the batches that were measured, the offset of the nearest: it says nothing on how the trend goes on.
+        grid = np.linspace(places.min(), max(places.max(), places.min() + 1e-6), 64)
         near = np.exp(-0.5 * ((grid[:, None] - places[None]) / BATCH_SCALE) ** 2)
         table = (base + near @ weights).tolist()
-        per_unit = (len(grid) - 1) / grid[-1]
-        return lambda requests: _interpolated(table, math.log(max(requests, 1.0)) * per_unit)
+        first, per_unit = float(grid[0]), (len(grid) - 1) / float(grid[-1] - grid[0])
+        return lambda requests: _interpolated(table, (math.log(max(requests, 1.0)) - first) * per_unit)
 
 
 def _interpolated(table: list[list[float]], place: float) -> tuple[float, float]:
+    place = min(max(place, 0.0), len(table) - 1.0)
     index = min(int(place), len(table) - 2)
-    share = min(place - index, 1.0)
+    share = place - index
     (time, power), (next_time, next_power) = table[index], table[index + 1]
     return time + share * (next_time - time), power + share * (next_power - power)
