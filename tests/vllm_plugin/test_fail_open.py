@@ -102,6 +102,7 @@ FUNCTIONS = dict(functions())
 # Not run when nothing fails, and why.
 ELSEWHERE = {
     "assemble.check_settings": "while arguments are parsed: an impossible setting shall stop the start",
+    "assemble.model_config": "for the command line",
     "core.kernels.KernelGraph._miss_ratio": "experts alone, beside drivers(), which runs",
     "core.kernels._expert_block": "experts alone, beside build_graph(), which runs",
     "core.kernels._grouped": "experts alone, beside build_graph(), which runs",

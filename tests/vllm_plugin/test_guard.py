@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from llmco2_vllm.vllm_plugin import flags, frontend
+from llmco2_vllm.config import Settings
+from llmco2_vllm.core.features import GraphFeatures
+from llmco2_vllm.predictor.forward import Network
+from llmco2_vllm.predictor.gnn import GnnPredictor
+from llmco2_vllm.telemetry.ledger import KEY, decode
+from llmco2_vllm.vllm_plugin import flags, frontend, register
 from llmco2_vllm.vllm_plugin.guard import Guard
+from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness import Engine, make_request
 
 
@@ -74,3 +81,53 @@ def test_the_operators_own_middleware_stays_outside_of_ours() -> None:
     arguments = Namespace(carbon=True, carbon_config=None, middleware=["their.Auth"], additional_config=None)
     wrapped(None, arguments)
     assert arguments.middleware == [flags.MIDDLEWARE, "their.Auth"]
+
+
+@pytest.fixture
+def priced_as_a_gpu(tiny_model: Path) -> Engine:
+    """An engine whose steps the network prices, as an H100's."""
+    register()
+    config = harness.make_config(tiny_model, Settings(device="h100-sxm"))
+    return Engine(harness.make_scheduler(config))
+
+
+def test_on_a_gpu_the_network_prices_every_step(priced_as_a_gpu: Engine) -> None:
+    hook = priced_as_a_gpu.scheduler.llmco2_hook
+    assert hook.origin.provenance.predictor.startswith("gnn/")
+    for name, prompt in (("a", 40), ("b", 300)):
+        priced_as_a_gpu.scheduler.add_request(make_request(name, prompt, max_tokens=20))
+    priced_as_a_gpu.run()
+    totals = hook.monitor.totals
+    ended = [output for output in priced_as_a_gpu.outputs if output.finish_reason is not None]
+    charged = [decode(output.trace_headers[KEY])[0].energy_joules for output in ended]
+    assert not hook.guard.failures
+    assert sum(charged) == pytest.approx(totals.prefill_joules + totals.decode_joules, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (GnnPredictor, "estimate"),
+        (GnnPredictor, "_split"),
+        (Network, "step"),
+        (Network, "_outputs"),
+        (Network, "_kernel_seconds"),
+        (Network, "_total"),
+        (Network, "_power"),
+        (GraphFeatures, "step"),
+        (GraphFeatures, "_present"),
+    ],
+)
+def test_a_network_that_fails_switches_the_hook_off_and_serving_goes_on(
+    priced_as_a_gpu: Engine, monkeypatch: pytest.MonkeyPatch, log_records: list[Any], owner: type, name: str
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError(f"planted in {name}")
+
+    priced_as_a_gpu.scheduler.add_request(make_request("a", 40, max_tokens=20))
+    monkeypatch.setattr(owner, name, fail)
+    priced_as_a_gpu.run()
+    assert priced_as_a_gpu.outputs[-1].finish_reason is not None
+    guard = priced_as_a_gpu.scheduler.llmco2_hook.guard
+    assert sum(guard.failures.values()) == 1 and not guard.active
+    assert len(log_records) == 1
