@@ -64,7 +64,9 @@ class EngineHook:
         self.monitor.begin(output, slices, _encoder_inputs(output))
         self.reader.charged(output)
         if self._stopping:
+            # Charged by itself in this step, or left out of it: the sums do not say its figures.
             self._unsent.update(self._stopping.intersection(self.reader.charged_alone))
+            self._unsent.update(self._stopping.difference(self.monitor.book.decoding))
 
     def _joined(self, request_id: str, request: Any) -> None:
         if request_id in self._strangers:

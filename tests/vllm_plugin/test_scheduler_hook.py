@@ -284,6 +284,38 @@ def test_with_stop_strings_the_front_end_can_tell_the_figures_at_every_output(
     assert records < compared / 2
 
 
+def test_a_request_with_stop_strings_that_is_left_out_of_a_step_is_not_charged_for_it(make_engine: MakeEngine) -> None:
+    engine = make_engine(depth=2, max_num_seqs=4)
+    book = engine.scheduler.llmco2_hook.monitor
+    for name in "ab":
+        engine.scheduler.add_request(make_request(name, 40, max_tokens=60, stop=["x"], detokenize=True))
+    live: dict[str, RequestLedger] = {}
+    sums: dict[int, DecodeSums] = {}
+    preempted = compared = 0
+    for step in range(40):
+        if step == 12:
+            # As under memory pressure: "b" gives up its cache while the output of its last step is on its way.
+            victim = engine.scheduler.running.pop()
+            engine.scheduler._preempt_request(victim, 0.0)
+            preempted += 1
+        engine.step()
+        outputs, engine.outputs = engine.outputs, []
+        for output in outputs:
+            headers = output.trace_headers or {}
+            if SUMS_KEY in headers:
+                sums = dict([decode_sums(headers[SUMS_KEY])])
+            ledger = live.setdefault(output.request_id, RequestLedger())
+            if KEY in headers:
+                ledger.receive(headers[KEY], sums)
+            if (charge := book.book.open.get(output.request_id)) is not None:
+                if ledger.follows_sums:
+                    ledger.settle(sums[0])
+                book.book.settle(charge)
+                assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-8)
+                compared += 1
+    assert preempted == 1 and compared > 50
+
+
 def test_a_running_request_sends_its_ledger_first_last_and_now_and_then(make_engine: MakeEngine) -> None:
     engine = make_engine()
     for i in range(10):
