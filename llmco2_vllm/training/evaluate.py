@@ -40,7 +40,7 @@ NORMAL_90 = 1.6449
 # Fewer errors than this of one regime say too little about their tenth largest; those of all regimes are pooled.
 LEAST_ERRORS = 40
 PHASES = ("decode", "mixed")
-# As for the intervals of a bundle (``training/export.py``).
+# Of steps that prefill, for a row to be of the mixed phase.
 MIXED_SHARE = 0.25
 
 

@@ -14,6 +14,7 @@ from llmco2_vllm.core.scores import score
 from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import Interval
 from llmco2_vllm.predictor.gnn import regime_key
+from llmco2_vllm.training.evaluate import PHASES, phase
 from llmco2_vllm.training.fit import Recipe, Table, devices_of, trainable
 from llmco2_vllm.training.observation import Observation
 from llmco2_vllm.training.origin import campaign
@@ -38,8 +39,6 @@ ATTRIBUTION = {
 }
 # Outside of what was trained on nothing was measured: the interval of the known, this much wider on both sides.
 UNKNOWN_FACTOR = 1.5
-# Steps of which at least this share prefills are of the mixed regime.
-MIXED_SHARE = 0.25
 
 
 def build(
@@ -57,8 +56,8 @@ def build(
     ratios = left_out_ratios(table, recipe, tick)
     trained = train_on(table, [True] * len(rows), recipe, tick)
     known = ~np.isnan(ratios)
-    mixed = np.array([_mixed(o) for o in rows])
-    regimes = {"decode": ratios[known & ~mixed], "mixed": ratios[known & mixed]}
+    phases = np.array([phase(o) for o in rows])
+    regimes = {name: ratios[known & (phases == name)] for name in PHASES}
     # A regime no row shows gets what all rows say.
     intervals = {name: interval(found if len(found) else ratios[known]) for name, found in regimes.items()}
     low, high = (f(v[i] for v in intervals.values()) for i, f in ((0, min), (1, max)))
@@ -119,10 +118,6 @@ def bundle_of(trained: Trained, version: str, intervals: dict[str, Interval], pr
         offsets=trained.residuals,
         provenance=provenance,
     )
-
-
-def _mixed(observation: Observation) -> bool:
-    return sum(share for share, batch in observation.step_mix if batch.prefill.tokens) >= MIXED_SHARE
 
 
 def _campaigns(trained: Trained, rows: Sequence[Observation]) -> dict[str, float]:

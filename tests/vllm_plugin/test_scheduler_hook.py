@@ -247,73 +247,69 @@ def test_steps_tile_busy_time_without_overlap(make_engine: MakeEngine) -> None:
     assert monitor.totals.step_seconds == pytest.approx(spent)
 
 
+class FrontEndCopies:
+    """The ledgers as a front end keeps them, held against the engine's own at every output that has one there."""
+
+    def __init__(self, engine: Engine, checked: set[str]) -> None:
+        self.engine = engine
+        self.checked = checked
+        self.live: dict[str, RequestLedger] = {}
+        self.sums: dict[int, DecodeSums] = {}
+        self.records = self.compared = 0
+
+    def step(self) -> None:
+        self.engine.step()
+        outputs, self.engine.outputs = self.engine.outputs, []
+        for output in outputs:
+            self._take(output)
+
+    def _take(self, output: Any) -> None:
+        headers = output.trace_headers or {}
+        if SUMS_KEY in headers:
+            self.sums = dict([decode_sums(headers[SUMS_KEY])])
+        ledger = self.live.setdefault(output.request_id, RequestLedger())
+        if KEY in headers:
+            ledger.receive(headers[KEY], self.sums)
+            self.records += output.request_id in self.checked
+        book = self.engine.scheduler.llmco2_hook.monitor.book
+        charge = book.open.get(output.request_id)
+        if charge is not None and output.request_id in self.checked:
+            if ledger.follows_sums:
+                ledger.settle(self.sums[0])
+            book.settle(charge)
+            assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-8)
+            assert ledger.ledger.upper_joules == pytest.approx(charge.upper_joules, rel=1e-8)
+            assert ledger.ledger.steps == charge.steps
+            self.compared += 1
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_with_stop_strings_the_front_end_can_tell_the_figures_at_every_output(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
     monkeypatch.setattr(ledgers_module, "REBASE_STEPS", 13)
     engine = make_engine(depth=depth, blocks=30, max_num_seqs=4, max_num_batched_tokens=64)
-    book = engine.scheduler.llmco2_hook.monitor
-    live: dict[str, RequestLedger] = {}
-    sums: dict[int, DecodeSums] = {}
-    records = compared = 0
     for i in range(6):
         stop = {"stop": ["x"], "detokenize": True} if i % 2 else {}
         engine.scheduler.add_request(make_request(f"r{i}", 40 + 50 * i, max_tokens=60 + i, **stop))
+    copies = FrontEndCopies(engine, {"r1", "r3", "r5"})
     while engine.scheduler.has_requests():
-        engine.step()
-        outputs, engine.outputs = engine.outputs, []
-        for output in outputs:
-            headers = output.trace_headers or {}
-            if SUMS_KEY in headers:
-                sums = dict([decode_sums(headers[SUMS_KEY])])
-            ledger = live.setdefault(output.request_id, RequestLedger())
-            if KEY in headers:
-                ledger.receive(headers[KEY], sums)
-                records += output.request_id in ("r1", "r3", "r5")
-            charge = book.book.open.get(output.request_id)
-            if charge is not None and output.request_id in ("r1", "r3", "r5"):
-                if ledger.follows_sums:
-                    ledger.settle(sums[0])
-                book.book.settle(charge)
-                assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-8)
-                assert ledger.ledger.upper_joules == pytest.approx(charge.upper_joules, rel=1e-8)
-                assert ledger.ledger.steps == charge.steps
-                compared += 1
-    assert compared > 150
-    assert records < compared / 2
+        copies.step()
+    assert copies.compared > 150
+    assert copies.records < copies.compared / 2
 
 
 def test_a_request_with_stop_strings_that_is_left_out_of_a_step_is_not_charged_for_it(make_engine: MakeEngine) -> None:
     engine = make_engine(depth=2, max_num_seqs=4)
-    book = engine.scheduler.llmco2_hook.monitor
     for name in "ab":
         engine.scheduler.add_request(make_request(name, 40, max_tokens=60, stop=["x"], detokenize=True))
-    live: dict[str, RequestLedger] = {}
-    sums: dict[int, DecodeSums] = {}
-    preempted = compared = 0
+    copies = FrontEndCopies(engine, {"a", "b"})
     for step in range(40):
         if step == 12:
             # As under memory pressure: "b" gives up its cache while the output of its last step is on its way.
-            victim = engine.scheduler.running.pop()
-            engine.scheduler._preempt_request(victim, 0.0)
-            preempted += 1
-        engine.step()
-        outputs, engine.outputs = engine.outputs, []
-        for output in outputs:
-            headers = output.trace_headers or {}
-            if SUMS_KEY in headers:
-                sums = dict([decode_sums(headers[SUMS_KEY])])
-            ledger = live.setdefault(output.request_id, RequestLedger())
-            if KEY in headers:
-                ledger.receive(headers[KEY], sums)
-            if (charge := book.book.open.get(output.request_id)) is not None:
-                if ledger.follows_sums:
-                    ledger.settle(sums[0])
-                book.book.settle(charge)
-                assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-8)
-                compared += 1
-    assert preempted == 1 and compared > 50
+            engine.scheduler._preempt_request(engine.scheduler.running.pop(), 0.0)
+        copies.step()
+    assert copies.compared > 50
 
 
 def test_a_running_request_sends_its_ledger_first_last_and_now_and_then(make_engine: MakeEngine) -> None:
