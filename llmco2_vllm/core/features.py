@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.hardware import DeviceSpec, Topology
-from llmco2_vllm.core.kernels import DRIVERS, Kernel, KernelGraph, KernelKind, Payer, build_graph
+from llmco2_vllm.core.kernels import DRIVERS, Kernel, KernelGraph, KernelKind, Payer, build_graph, ceiling_seconds
 from llmco2_vllm.core.model import ModelSpec
 
 FloatArray = NDArray[np.float64]
@@ -164,13 +164,7 @@ class GraphFeatures:
     @cached_property
     def work(self) -> FloatArray:
         """Seconds of one execution at each ceiling, by driver, shape (3 x kernels, drivers)."""
-        device, repeats = self.device, self.repeats[:, None]
-        peaks = np.array([[device.peak_flops(kernel.dtype)] for kernel in self.graph.kernels])
-        link = device.link_bytes_per_second or device.memory_bandwidth_bytes_per_second
-        compute = self.graph.coefficients("flops") / peaks
-        memory = self.graph.memory_coefficients() / device.memory_bandwidth_bytes_per_second
-        network = self.graph.coefficients("network_bytes") / link
-        return np.vstack([compute / repeats, memory / repeats, network / repeats])
+        return np.vstack(ceiling_seconds(self.graph, self.device)) / np.tile(self.repeats, 3)[:, None]
 
     @property
     def _expert_ranks(self) -> int:

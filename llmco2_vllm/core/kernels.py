@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.flow import data_flow
-from llmco2_vllm.core.hardware import Topology
+from llmco2_vllm.core.hardware import DeviceSpec, Topology
 from llmco2_vllm.core.latent_kernels import latent_attention_kernels
 from llmco2_vllm.core.model import ModelSpec, Precision
 from llmco2_vllm.core.nodes import DRIVERS, Kernel, KernelKind, Payer, Terms, all_reduce, elementwise, linear
@@ -110,6 +110,20 @@ class KernelGraph:
     def memory_coefficients(self) -> FloatArray:
         """All bytes through memory, shape (kernels, drivers)."""
         return sum((self.coefficients(f"{kind}_bytes") for kind in ("weight", "activation", "kv")), np.zeros(()))
+
+
+def ceiling_seconds(graph: KernelGraph, device: DeviceSpec) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Seconds of each kernel at the compute, memory and network ceiling of the data sheet, by driver, repeats included.
+
+    Each of shape (kernels, drivers). A device without a known link moves its collectives through memory.
+    """
+    peaks = np.array([[device.peak_flops(kernel.dtype)] for kernel in graph.kernels])
+    link = device.link_bytes_per_second or device.memory_bandwidth_bytes_per_second
+    return (
+        graph.coefficients("flops") / peaks,
+        graph.memory_coefficients() / device.memory_bandwidth_bytes_per_second,
+        graph.coefficients("network_bytes") / link,
+    )
 
 
 def windowed_reads(phase: PhaseShape, window: int, chunked: bool = False) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import NO_RATES, Estimate, Rates
 from llmco2_vllm.core.hardware import DeviceSpec, Topology
-from llmco2_vllm.core.kernels import Kernel, KernelGraph, KernelKind, Payer, build_graph
+from llmco2_vllm.core.kernels import KernelGraph, KernelKind, Payer, build_graph, ceiling_seconds
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.predictor.calibration import Coefficients, KindCalibration, RooflineCalibration
 
@@ -126,11 +126,6 @@ def efficiencies(kind: KernelKind, coefficients: Coefficients) -> tuple[float, f
     return compute, memory, coefficients.link_efficiency
 
 
-def kernel_peak_flops(kernel: Kernel, device: DeviceSpec) -> float:
-    """Dense peak in FLOP/s for a kernel's products."""
-    return device.peak_flops(kernel.dtype)
-
-
 def overhead_seconds(graph: KernelGraph, coefficients: Coefficients) -> tuple[float, float]:
     """Host and launch time in seconds: of a step (its layers and collectives included), and of each request."""
     layers = max(kernel.repeat for kernel in graph.kernels)
@@ -148,13 +143,8 @@ def work_matrix(graph: KernelGraph, device: DeviceSpec, coefficients: Coefficien
 
     Shape (4 x kernels, drivers); repeats are included, one tensor-parallel rank.
     """
-    peak = np.array([[kernel_peak_flops(kernel, device)] for kernel in graph.kernels])
     share = np.array([efficiencies(kernel.kind, coefficients) for kernel in graph.kernels])
-    compute = graph.coefficients("flops") / peak
-    memory = graph.memory_coefficients() / device.memory_bandwidth_bytes_per_second
-    # A device without a known link moves its collectives through memory.
-    link = device.link_bytes_per_second or device.memory_bandwidth_bytes_per_second
-    network = graph.coefficients("network_bytes") / link
+    compute, memory, network = ceiling_seconds(graph, device)
     span = device.power_limit_watts - device.idle_power_watts
     joules = span * (coefficients.compute_power_ratio * compute + coefficients.memory_power_ratio * memory)
     seconds = [compute / share[:, :1], memory / share[:, 1:2], network / share[:, 2:3]]

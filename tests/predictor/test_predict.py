@@ -12,7 +12,7 @@ from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.core.roofline import Ceilings, Work, least_time_seconds
 from llmco2_vllm.predictor.calibration import RooflineCalibration
-from llmco2_vllm.predictor.predict import RooflinePredictor, efficiencies, kernel_peak_flops, overhead_seconds
+from llmco2_vllm.predictor.predict import RooflinePredictor, efficiencies, overhead_seconds
 
 CALIBRATION = RooflineCalibration.load()
 H100 = device_by_name("h100-sxm")
@@ -94,7 +94,7 @@ def slow_estimate(
             amount(kernel, "weight_bytes", "activation_bytes", "kv_bytes"),
             amount(kernel, "network_bytes"),
         )
-        peak, bandwidth = kernel_peak_flops(kernel, device), device.memory_bandwidth_bytes_per_second
+        peak, bandwidth = device.peak_flops(kernel.dtype), device.memory_bandwidth_bytes_per_second
         compute, memory, link = efficiencies(kernel.kind, c)
         sent = (device.link_bytes_per_second or bandwidth) * link
         times[kernel.payer] += least_time_seconds(work, Ceilings(peak * compute, bandwidth * memory, sent))
