@@ -2,16 +2,19 @@
 
     python -m benchmarks.accuracy --data DIR [--write FOLDER] [--json] [--quick]
 
-DIR holds mlenergy_v3.csv and model_configs.json. Text rows alone (gpqa, lm-arena-chat, sourcegraph-fim), 90 %
-intervals learned inside each training fold. Three splits:
+DIR holds mlenergy_v3.csv with model_configs.json, mlenergy_v2.csv, splitwise_latency.csv, vidur_kernels.csv.gz and
+vidur_network.csv.gz. Scored are text rows of the first (gpqa, lm-arena-chat, sourcegraph-fim), with 90 % intervals
+learned inside each training fold; the others are learned from, but for what tells of the held-out architecture,
+device or configuration. Baselines learn from the first alone. Splits:
 
 unseen architecture    one fold per architecture; checkpoints that differ in weights or precision count as one
 unseen device          learn from one kind of device, predict the other, both ways
 unseen configuration   five folds in which no operating point is on both sides
+A100 to H100           rows of engines of 2024 (mlenergy_v2.csv): learn from one device, predict the other
 
-Of each split, about 15 % of the groups are set aside first, never in any fold, and scored once: "untouched". For
-unseen devices these are configurations on the device that is predicted. "Every row" is both together: each row
-predicted once, and comparable with figures that leave nothing aside.
+Of each split but the last, about 15 % of the groups are set aside first, never in any fold, and scored once:
+"untouched". For unseen devices these are configurations on the device that is predicted. "Every row" is both together:
+each row predicted once, and comparable with figures that leave nothing aside.
 
 Stalled rows (a mean step over three times the median one) are never learned from; scores are with and without them.
 FOLDER gets accuracy.json, which holds scores alone, and the plots.
@@ -38,21 +41,27 @@ from llmco2_vllm.training.baselines import Baseline, CalibratedRoofline, light_g
 from llmco2_vllm.training.dataset import read
 from llmco2_vllm.training.evaluate import Predictions, Split, cross_validate, joined, phase
 from llmco2_vllm.training.fit import Recipe, trainable
+from llmco2_vllm.training.kernel_times import KernelTimes, read_kernel_times
 from llmco2_vllm.training.observation import Observation
 from llmco2_vllm.training.splits import (
     Fold,
+    Group,
     across_devices,
     architecture,
     configuration,
+    device,
     hold_out,
     leave_one_architecture_out,
     unseen_configurations,
+    with_more,
 )
 
 FloatArray = NDArray[np.float64]
 WORKLOADS = ("gpqa", "lm-arena-chat", "sourcegraph-fim")
 # J/token of an operating point that was measured twice by accident (gpt-oss-20b, one H100, 96 sequences).
 NOISE_PERCENT = 5.2
+OTHERS = ("mlenergy_v2.csv", "splitwise_latency.csv")
+OLDER, OLDER_SPLIT = "mlenergy-v2", "A100 to H100"
 BATCH_BINS = (1, 9, 33, 129, 513)
 OURS = "ours"
 QUICK_STEPS = 15
@@ -66,14 +75,53 @@ class Part(NamedTuple):
     joules: dict[str, FloatArray]
 
 
-def text_rows(folder: Path) -> list[Observation]:
-    """Observations with a step energy, text only."""
-    found = read(folder / "mlenergy_v3.csv", folder / "model_configs.json").observations
-    return [o for o in found if o.workload in WORKLOADS and o.step_energy_joules is not None]
+class Data(NamedTuple):
+    """Text rows with a step energy, rows of other sources, and times of single kernels."""
+
+    rows: list[Observation]
+    others: list[Observation]
+    kernel_times: list[KernelTimes]
+
+    @property
+    def observations(self) -> list[Observation]:
+        """All rows, the scored ones first."""
+        return self.rows + self.others
 
 
-def splits_of(observations: Sequence[Observation]) -> list[tuple[Split, Split]]:
-    """(cross-validated, untouched) for each of the three splits."""
+def data_of(folder: Path) -> Data:
+    """All sources. Raises OSError, ValueError."""
+    sizes = folder / "model_configs.json"
+    rows = read(folder / "mlenergy_v3.csv", sizes).observations
+    others = [o for name in OTHERS for o in read(folder / name, sizes).observations]
+    return Data(
+        [o for o in rows if o.workload in WORKLOADS and o.step_energy_joules is not None],
+        trainable(others),
+        read_kernel_times(folder / "vidur_kernels.csv.gz", folder / "vidur_network.csv.gz"),
+    )
+
+
+def splits_of(data: Data) -> list[tuple[Split, ...]]:
+    """(cross-validated, untouched) for each of the first three splits, (cross-validated,) for the last."""
+    every, more = data.observations, range(len(data.rows), len(data.observations))
+    groups: tuple[Group, ...] = (architecture, device, configuration)
+    found = []
+    for pair, group in zip(_splits_of_rows(data.rows), groups, strict=True):
+        folds = [tuple(with_more(fold, every, more, group) for fold in split.folds) for split in pair]
+        found.append(tuple(split._replace(folds=f) for split, f in zip(pair, folds, strict=True)))
+    return [*found, (_older_devices(every),)]
+
+
+def _older_devices(observations: Sequence[Observation]) -> Split:
+    """Rows of engines of 2024 on an H100, by what was seen on an A100 and on other devices than the H100."""
+    held = [
+        i for i, o in enumerate(observations)
+        if o.source == OLDER and o.device.name == "h100-sxm" and o.step_energy_joules is not None
+    ]  # fmt: skip
+    fold = Fold("others -> h100-sxm", (), tuple(held))
+    return Split(OLDER_SPLIT, (with_more(fold, observations, range(len(observations)), device),), architecture, True)
+
+
+def _splits_of_rows(observations: Sequence[Observation]) -> list[tuple[Split, Split]]:
     unseen, settings = hold_out(observations, architecture), hold_out(observations, configuration)
     inside = [observations[i] for i in unseen.train], [observations[i] for i in settings.train]
     folds = [_at(fold, unseen.train) for fold in leave_one_architecture_out(inside[0])]
@@ -103,15 +151,17 @@ def _within(folds: Sequence[Fold], train: Sequence[int], test: Sequence[int]) ->
     )
 
 
-def predict(observations: Sequence[Observation], split: Split, recipe: Recipe, tick: Callable[[], None]) -> Part:
+def predict(data: Data, split: Split, recipe: Recipe, tick: Callable[[], None]) -> Part:
     """What the network and the baselines predict of the held-out rows."""
-    predictions = cross_validate(observations, split, recipe, tick)
+    observations = data.observations
+    predictions = cross_validate(observations, split, recipe, tick, data.kernel_times)
     joules = {OURS: predictions.energy_joules}
     for make in BASELINES:
         parts = []
         for fold in split.folds:
             learn, held = fold.rows(observations)
-            parts.append(make().fit(trainable(learn)).predict(held))
+            sources = {o.source for o in held}
+            parts.append(make().fit(trainable(o for o in learn if o.source in sources)).predict(held))
         joules[make().name] = np.concatenate(parts)
     return Part(predictions, joules)
 
@@ -166,42 +216,45 @@ def _order(name: str) -> tuple[int, str]:
     return (int(first), name) if first.isdigit() else (0, name)
 
 
-def run(observations: Sequence[Observation], recipe: Recipe, progress: Progress) -> dict[str, tuple[Part, Part]]:
+def run(data: Data, recipe: Recipe, progress: Progress) -> dict[str, tuple[Part, ...]]:
     """(cross-validated, untouched) by split."""
-    every = splits_of(observations)
+    every = splits_of(data)
     fits = sum(split.fits for pair in every for split in pair)
     bar = progress.add_task("", total=fits * recipe.steps)
     found = {}
     for pair in every:
         progress.update(bar, description=pair[0].name)
-        parts = [predict(observations, split, recipe, lambda: progress.advance(bar)) for split in pair]
-        found[pair[0].name] = (parts[0], parts[1])
+        found[pair[0].name] = tuple(predict(data, split, recipe, lambda: progress.advance(bar)) for split in pair)
     return found
 
 
-def both(parts: tuple[Part, Part]) -> Part:
+def both(parts: tuple[Part, ...]) -> Part:
     """Every row once: those of the folds and the untouched ones, which no fold learned from."""
     methods = parts[0].joules
     joules = {method: np.concatenate([part.joules[method] for part in parts]) for method in methods}
     return Part(joined([part.predictions for part in parts]), joules)
 
 
-def document(
-    found: dict[str, tuple[Part, Part]], observations: Sequence[Observation], recipe: Recipe
-) -> dict[str, Any]:
+KINDS = ("cross_validated", "untouched")
+
+
+def document(found: dict[str, tuple[Part, ...]], data: Data, recipe: Recipe) -> dict[str, Any]:
     """All scores, and what they were computed on."""
+    observations = data.rows
     return {
         "target": "step energy, joules, all devices of the instance",
         "data": "mlenergy_v3.csv, text rows",
+        "also_learned_from": [*OTHERS, "vidur_kernels.csv.gz", "vidur_network.csv.gz"],
         "rows": len(observations),
+        "other_rows": len(data.others),
+        "kernel_time_points": len(data.kernel_times),
         "stalled_rows": sum(o.stalled for o in observations),
         "architectures": len({o.architecture for o in observations}),
         "noise_floor_percent": NOISE_PERCENT,
         "recipe": vars(recipe),
         "splits": {
             name: {
-                "cross_validated": summary(parts[0]),
-                "untouched": summary(parts[1]),
+                **{kind: summary(part) for kind, part in zip(KINDS[: len(parts)], parts, strict=True)},
                 "every_row": summary(both(parts), grouped=True),
             }
             for name, parts in found.items()
@@ -233,7 +286,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [first, second]
 
 
-def write(folder: Path, result: dict[str, Any], found: dict[str, tuple[Part, Part]]) -> None:
+def write(folder: Path, result: dict[str, Any], found: dict[str, tuple[Part, ...]]) -> None:
     """accuracy.json and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -260,11 +313,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.set_num_threads(1)
     recipe = Recipe(steps=QUICK_STEPS) if options.quick else Recipe()
-    observations = text_rows(options.data)
+    data = data_of(options.data)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        found = run(observations, recipe, progress)
-    result = document(found, observations, recipe)
+        found = run(data, recipe, progress)
+    result = document(found, data, recipe)
     if options.write:
         write(options.write, result, found)
     if options.json:

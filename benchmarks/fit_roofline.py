@@ -29,7 +29,7 @@ from llmco2_vllm.predictor.calibration import Coefficients, Interval, KindCalibr
 from llmco2_vllm.predictor.predict import RooflinePredictor, work_matrix
 
 FloatArray = NDArray[np.float64]
-VERSION = "roofline/1"
+VERSION = "roofline/2"
 DEVICES = {"H100": "h100-sxm", "B200": "b200"}
 # The table has no prompt lengths. Assumed means, tokens; both only matter through the context, and for
 # lm-arena-chat through the prefill share of a step (8 % of its time by the table's own proxy).

@@ -12,9 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llmco2_vllm.core.attribution import Step
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
+from llmco2_vllm.core.settlement import Paid
+from llmco2_vllm.metering import Metering
 
 # A steady step is priced anew after this growth of the total context, and not before so many steps (docs/adr/0002).
 REPRICE_RATIO = 0.01
@@ -24,12 +27,13 @@ REPRICE_STEPS = 16
 class Ticket(NamedTuple):
     """A step between ``schedule()`` and its output. ``key`` is the object that names the step.
 
-    In steady decode ``estimate`` is that of the step that was last priced.
+    In steady decode ``estimate`` is that of the step that was last priced. step: for the meter, None without one.
     """
 
     key: object
     scheduled_seconds: float
     estimate: Estimate
+    step: Step | None = None
 
 
 class StepWindow(NamedTuple):
@@ -53,6 +57,7 @@ class EngineTotals:
     aborted_requests: int = 0
     finished_requests: int = 0
     cached_tokens: int = 0
+    recomputed_joules: float = 0.0
     recomputed_tokens: int = 0
     rejected_draft_tokens: int = 0
     predicted_seconds: float = 0.0
@@ -61,12 +66,21 @@ class EngineTotals:
 
 
 class StepMonitor:
-    """Prices steps, charges ledgers and tiles busy time over the steps of one engine."""
+    """Prices steps, charges ledgers and tiles busy time over the steps of one engine.
 
-    def __init__(self, predictor: Predictor, clock: Callable[[], float] = time.monotonic) -> None:
+    metering: weighs the steps afterwards, None without a meter.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        clock: Callable[[], float] = time.monotonic,
+        metering: Metering | None = None,
+    ) -> None:
         self.predictor = predictor
+        self.metering = metering
         self._clock = clock
-        self._book = LedgerBook()
+        self._book = self._new_book()
         self._totals = EngineTotals()
         self._tickets: deque[Ticket] = deque()
         self._last_done = float("-inf")
@@ -74,6 +88,11 @@ class StepMonitor:
         self._priced: Estimate | None = None
         self._repeats = 0
         self._repeats_allowed = 0
+        # What the next steady step computes: tokens, and pairs, which grow by the tokens each step.
+        self._run_shape = BatchShape()
+
+    def _new_book(self) -> LedgerBook:
+        return LedgerBook(None if self.metering is None else self.metering.journal)
 
     @property
     def book(self) -> LedgerBook:
@@ -92,12 +111,17 @@ class StepMonitor:
         book = self.book
         shape = book.shape(slices, encoder_tokens)
         estimate = self.predictor.estimate(shape)
-        for part in slices:
-            part.pay(estimate)
+        step = None
+        if self.metering is None:
+            for part in slices:
+                part.pay(estimate)
+        else:
+            paid = [_paid(part, estimate) for part in slices]
+            step = self.metering.opened(Step(self._clock(), estimate, shape), paid)
         book.advance(estimate)
         self._priced, self._repeats_allowed = None, 0
         self._add(shape, estimate)
-        return self._open(key, estimate)
+        return self._open(key, estimate, step)
 
     def begin_steady(self, key: object) -> Ticket:
         """As :meth:`begin` for a step of decoding requests alone, the same as in the step before.
@@ -110,12 +134,16 @@ class StepMonitor:
         if estimate is None or self._repeats >= self._repeats_allowed:
             estimate = self._price_run()
         self._repeats += 1
-        ticket = Ticket(key, self._clock(), estimate)
-        self._tickets.append(ticket)
-        return ticket
+        if self.metering is None:
+            return self._open(key, estimate)
+        shape = self._run_shape
+        decode = shape.decode
+        longer = decode._replace(pairs=decode.pairs + decode.tokens, kv_tokens=decode.kv_tokens + decode.tokens)
+        self._run_shape = BatchShape(shape.prefill, longer)
+        return self._open(key, estimate, self.metering.opened(Step(self._clock(), estimate, shape)))
 
     def _price_run(self) -> Estimate:
-        shape = self.book.shape([])
+        self._run_shape = shape = self.book.shape([])
         self._priced = estimate = self.predictor.estimate(shape)
         tokens, pairs = shape.decode.tokens, shape.decode.pairs
         self._repeats_allowed = max(REPRICE_STEPS, int(REPRICE_RATIO * pairs / max(tokens, 1)))
@@ -146,8 +174,8 @@ class StepMonitor:
         totals.decode_tokens += shape.decode.tokens
         totals.predicted_seconds += estimate.duration_seconds
 
-    def _open(self, key: object, estimate: Estimate) -> Ticket:
-        ticket = Ticket(key, self._clock(), estimate)
+    def _open(self, key: object, estimate: Estimate, step: Step | None = None) -> Ticket:
+        ticket = Ticket(key, self._clock() if step is None else step.scheduled_seconds, estimate, step)
         self._tickets.append(ticket)
         return ticket
 
@@ -164,6 +192,8 @@ class StepMonitor:
         done = self._clock()
         window = StepWindow(max(ticket.scheduled_seconds, self._last_done), done, ticket.estimate)
         self._last_done = done
+        if self.metering is not None and ticket.step is not None:
+            self.metering.closed(ticket.step, window.begin_seconds, done)
         self._totals.step_seconds += done - window.begin_seconds
         return window
 
@@ -188,14 +218,17 @@ class StepMonitor:
             return None
         totals = self._totals
         totals.cached_tokens += charge.cached_tokens
+        totals.recomputed_joules += charge.recomputed_joules
         totals.recomputed_tokens += charge.recomputed_tokens
         totals.rejected_draft_tokens += charge.rejected_draft_tokens
         return charge
 
-    def conclude(self, spent_joules: float, reported_joules: float) -> None:
+    def conclude(self, charge: RequestCharge, reported_joules: float) -> None:
         """Book a closed ledger: what its client was told, and the rest as aborted. 0 told means it was aborted."""
-        totals = self._totals
+        totals, spent_joules = self._totals, charge.energy_joules
         totals.aborted_joules += spent_joules - reported_joules
+        if spent_joules > 0.0:
+            self._book.conclude(charge, reported_joules / spent_joules)
         if reported_joules:
             totals.finished_requests += 1
         else:
@@ -204,7 +237,9 @@ class StepMonitor:
     def reset(self) -> None:
         """Forget open ledgers and tickets; the totals stay."""
         self._catch_up()
-        self._book = LedgerBook()
+        if self.metering is not None:
+            self.metering.reset(self._clock())
+        self._book = self._new_book()
         self._priced = None
         self._tickets.clear()
 
@@ -212,6 +247,13 @@ class StepMonitor:
     def open_tickets(self) -> int:
         """Steps scheduled whose output has not come back."""
         return len(self._tickets)
+
+
+def _paid(part: RequestSlice, estimate: Estimate) -> Paid:
+    account = part.charge.account
+    assert account is not None
+    prefill, decode, recomputed = part.pay(estimate)
+    return Paid(account, prefill, decode, part.decode, recomputed)
 
 
 def empty_batch_costs_nothing(predictor: Predictor) -> bool:

@@ -164,7 +164,7 @@ def test_an_aborted_request_is_booked_apart() -> None:
     monitor.begin_steady(object())
     gone = monitor.finish("r0")
     assert gone is not None
-    monitor.conclude(gone.energy_joules, 0.0)
+    monitor.conclude(gone, 0.0)
     assert gone.decode_joules > 0
     assert monitor.totals.aborted_joules == pytest.approx(gone.decode_joules)
     assert (monitor.totals.aborted_requests, monitor.totals.finished_requests) == (1, 0)

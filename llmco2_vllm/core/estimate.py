@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from llmco2_vllm.core.batch import BatchShape
+from llmco2_vllm.core.batch import BatchShape, PhaseShape
 
 
 class Rates(NamedTuple):
@@ -18,6 +18,11 @@ class Rates(NamedTuple):
     per_token_joules: float = 0.0
     per_pair_joules: float = 0.0
     per_sample_joules: float = 0.0
+
+    def joules(self, phase: PhaseShape) -> float:
+        """Energy of one phase of a step at these rates."""
+        _, tokens, pairs, _, samples = phase
+        return tokens * self[0] + pairs * self[1] + samples * self[2]
 
 
 NO_RATES = Rates()

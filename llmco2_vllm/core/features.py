@@ -23,7 +23,7 @@ from llmco2_vllm.core.model import ModelSpec
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-FEATURES_VERSION = "1"
+FEATURES_VERSION = "2"
 
 
 class NodeKind(IntEnum):

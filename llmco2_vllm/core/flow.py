@@ -41,8 +41,8 @@ _MIXERS: tuple[tuple[str, ...], ...] = (
 )
 _MLPS: tuple[tuple[str, ...], ...] = (
     ("gate_up_projection", "activation", "down_projection"),
-    ("router", "expert_all_to_all", "expert_gate_up", "expert_down"),
-    ("shared_gate_up", "shared_down"),
+    ("router", "expert_all_to_all", "expert_gate_up", "expert_activation", "expert_down"),
+    ("shared_gate_up", "shared_activation", "shared_down"),
 )
 _AFTER = ("mlp_all_reduce", "stage_transfer", "final_norm", "lm_head", "sampler")
 # Kernels that not every way through them reaches: a way without them is another way, not a shorter one.

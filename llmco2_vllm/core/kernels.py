@@ -19,7 +19,17 @@ from llmco2_vllm.core.flow import data_flow
 from llmco2_vllm.core.hardware import DeviceSpec, Topology
 from llmco2_vllm.core.latent_kernels import latent_attention_kernels
 from llmco2_vllm.core.model import ModelSpec, Precision
-from llmco2_vllm.core.nodes import DRIVERS, Kernel, KernelKind, Payer, Terms, all_reduce, elementwise, linear
+from llmco2_vllm.core.nodes import (
+    DRIVERS,
+    Kernel,
+    KernelKind,
+    Payer,
+    Terms,
+    all_reduce,
+    elementwise,
+    gated_activation,
+    linear,
+)
 from llmco2_vllm.core.state_space_kernels import state_space_kernels
 
 __all__ = [
@@ -236,7 +246,7 @@ def _mlp_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
     ups = model.mlp_matrices - 1
     return [
         linear("gate_up_projection", dense, (model.hidden, ups * width), precision, model),
-        elementwise("activation", dense, ups * width, model),
+        gated_activation("activation", dense, width, model),
         linear("down_projection", dense, (width, model.hidden), precision, model),
         all_reduce("mlp_all_reduce", model.mlp_layers, model, topology),
     ]
@@ -273,12 +283,16 @@ def _expert_block(model: ModelSpec, topology: Topology) -> list[Kernel]:
     if not topology.expert_parallel:
         width /= topology.tensor_parallel * batches
         sent = 2 * (batches - 1) * model.hidden * model.activation_bytes
-    router = Precision(model.weight_bytes, model.activation_dtype)
+    # Engines keep the router unquantised, and its choice of experts is what a step is most sensitive to.
+    router = Precision(model.activation_bytes, model.activation_dtype)
+    routed = model.experts_per_token * batches / (topology.expert_ranks if topology.expert_parallel else 1)
     return [
         linear("router", layers, (model.hidden, model.experts), router, model),
         _grouped("expert_gate_up", model.hidden, ups * width, model, topology),
+        gated_activation("expert_activation", layers, routed * width, model),
         _grouped("expert_down", width, model.hidden, model, topology),
         linear("shared_gate_up", layers if shared else 0, (model.hidden, ups * shared), precision, model),
+        gated_activation("shared_activation", layers if shared else 0, shared, model),
         linear("shared_down", layers if shared else 0, (shared, model.hidden), precision, model),
         Kernel(
             "expert_all_to_all",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from llmco2_vllm.core.batch import EMPTY_PHASE, BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Estimate
+from llmco2_vllm.core.settlement import Account, Journal, Turn
 
 # The sums are begun anew after so many steps, or differences of large sums would lose digits.
 REBASE_STEPS = 1 << 16
@@ -57,10 +58,11 @@ class RequestCharge:
     computed: tokens in the KV cache. known: tokens whose values are given, hence prefill.
     samples_at: tokens after which a prefill step samples. high_water: most tokens ever computed
     before a preemption. entered, offset: where it entered the running sums, and its context minus
-    their steps then; entered is None outside steady decode.
+    their steps then; entered is None outside steady decode. account: the same as metered, None without a meter.
     """
 
     __slots__ = (
+        "account",
         "cached_tokens",
         "computed",
         "decode_joules",
@@ -73,6 +75,7 @@ class RequestCharge:
         "offset",
         "prefill_joules",
         "prefill_tokens",
+        "recomputed_joules",
         "recomputed_tokens",
         "rejected_draft_tokens",
         "samples_at",
@@ -82,6 +85,8 @@ class RequestCharge:
 
     def __init__(self, cached: int, known: int, prompt_tokens: int) -> None:
         self.prefill_joules = self.decode_joules = self.lower_joules = self.upper_joules = 0.0
+        self.recomputed_joules = 0.0
+        self.account: Account | None = None
         self.prefill_tokens = self.decode_tokens = self.steps = 0
         self.recomputed_tokens = self.rejected_draft_tokens = self.high_water = 0
         self.cached_tokens = self.computed = cached
@@ -134,13 +139,17 @@ class RequestSlice(NamedTuple):
         """(query, key) pairs of the decode tokens, which follow the prefill tokens."""
         return self.decode * (self.charge.computed + self.prefill) + self.decode * (self.decode + 1) // 2
 
-    def pay(self, estimate: Estimate) -> None:
-        """Charge this part of a step at the rates of its estimate, and advance the request."""
+    def pay(self, estimate: Estimate) -> tuple[float, float, float]:
+        """Charge this part of a step at the rates of its estimate, and advance the request.
+
+        Returns joules: prefill, decode, and what part of the prefill was computed again.
+        """
         charge = self.charge
-        joules = 0.0
+        joules = prefill_joules = recomputed_joules = decode_joules = 0.0
         if self.prefill:
             per_token, per_pair, per_sample = estimate.prefill
             joules = self.prefill * per_token + self.prefill_pairs * per_pair + self.prefill_samples * per_sample
+            prefill_joules = joules
             charge.prefill_joules += joules
             charge.prefill_tokens += self.prefill
         if self.decode:
@@ -153,16 +162,24 @@ class RequestSlice(NamedTuple):
         charge.upper_joules += joules * estimate.upper_ratio
         end = charge.computed + self.prefill + self.decode
         if charge.high_water > charge.computed:
-            charge.recomputed_tokens += min(end, charge.high_water) - charge.computed
+            again = min(end, charge.high_water) - charge.computed
+            charge.recomputed_tokens += again
+            recomputed_joules = prefill_joules * min(1.0, again / (self.prefill or again))
+            charge.recomputed_joules += recomputed_joules
         charge.computed = end
         charge.steps += 1
         charge.in_distribution = charge.in_distribution and estimate.in_distribution
+        return prefill_joules, decode_joules, recomputed_joules
 
 
 class LedgerBook:
-    """All open ledgers. ``decoding`` are those in steady decode, charged through the running sums."""
+    """All open ledgers. ``decoding`` are those in steady decode, charged through the running sums.
 
-    def __init__(self) -> None:
+    journal: where the turns of the ledgers are noted for settlement, None without a meter.
+    """
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal
         self.open: dict[str, RequestCharge] = {}
         self.decoding: dict[str, RequestCharge] = {}
         self._context = 0  # total over the decoding requests
@@ -176,12 +193,30 @@ class LedgerBook:
     def join(self, request_id: str, cached: int, known: int, prompt_tokens: int) -> RequestCharge:
         """Open a ledger for a request whose first step starts behind ``cached`` tokens."""
         charge = self.open[request_id] = RequestCharge(cached, known, prompt_tokens)
+        if self._journal is not None:
+            charge.account = Account()
         return charge
 
     def leave(self, request_id: str) -> RequestCharge | None:
         """Close a ledger and return it with its last figures, or None if there was none."""
         self.interrupt(request_id)
-        return self.open.pop(request_id, None)
+        charge = self.open.pop(request_id, None)
+        if charge is not None:
+            self._note(Turn.LEAVE, charge)
+        return charge
+
+    def reject(self, charge: RequestCharge, drafts: int) -> None:
+        """Take back rejected draft tokens of a request."""
+        charge.reject(drafts)
+        self._note(Turn.REJECT, charge, drafts)
+
+    def conclude(self, charge: RequestCharge, reported_ratio: float) -> None:
+        """A closed ledger's energy was reported to its client, or this share of it."""
+        self._note(Turn.CONCLUDE, charge, reported_ratio)
+
+    def _note(self, turn: Turn, charge: RequestCharge, value: float = 0.0) -> None:
+        if self._journal is not None and charge.account is not None:
+            self._journal.append((turn, charge.account, value))
 
     def enter(self, request_id: str) -> None:
         """From its next step on the request decodes one token a step."""
@@ -190,6 +225,7 @@ class LedgerBook:
         charge.offset = charge.computed - self._now.steps
         self.decoding[request_id] = charge
         self._context += charge.computed
+        self._note(Turn.ENTER, charge, charge.computed)
 
     def interrupt(self, request_id: str) -> None:
         """The request is not in steady decode any more: settle what it owes."""
@@ -198,6 +234,7 @@ class LedgerBook:
             self.settle(charge)
             charge.entered = None
             self._context -= charge.computed
+            self._note(Turn.INTERRUPT, charge)
 
     def settle(self, charge: RequestCharge) -> None:
         """Bring a decoding request's figures up to date; others are so already."""

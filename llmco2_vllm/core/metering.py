@@ -19,6 +19,9 @@ class Doubt(StrEnum):
     SCOPE_CHANGED = "scope changed"
     SHARED = "device shared with other tenants"
     GAP = "reader was late"
+    SLEEPING = "engine sleeping"
+    INTEGRATED_POWER = "integrated power, no counter"
+    LAG_LEARNT = "lag of the counter was learnt"
 
 
 class MeterWindow(NamedTuple):

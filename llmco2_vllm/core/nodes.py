@@ -114,6 +114,19 @@ def elementwise(name: str, repeat: int, width: float, model: ModelSpec) -> Kerne
     )
 
 
+def gated_activation(name: str, repeat: int, width: float, model: ModelSpec) -> Kernel:
+    """``width`` values per token after the up projections: every matrix's output is read, the product written once."""
+    ups = model.mlp_matrices - 1
+    return Kernel(
+        name,
+        KernelKind.ELEMENTWISE,
+        repeat,
+        flops={"tokens": 4 * ups * width},
+        activation_bytes={"tokens": (ups + 1) * width * model.activation_bytes},
+        dtype=model.activation_dtype,
+    )
+
+
 def all_reduce(name: str, repeat: int, model: ModelSpec, topology: Topology) -> Kernel:
     """Ring all-reduce of the hidden state: each rank sends 2 (n - 1) / n of it (Patarasuk and Yuan, 2009)."""
     ranks = topology.tensor_parallel

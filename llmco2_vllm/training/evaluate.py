@@ -28,6 +28,7 @@ from llmco2_vllm.training.splits import Fold, Group
 
 if TYPE_CHECKING:
     from llmco2_vllm.training.fit import Recipe, Table
+    from llmco2_vllm.training.kernel_times import KernelTimes
     from llmco2_vllm.training.predict import Trained
 
 FloatArray = NDArray[np.float64]
@@ -151,16 +152,20 @@ def inner_folds(
 
 
 def cross_validate(
-    observations: Sequence[Observation], split: Split, recipe: Recipe, tick: Tick = lambda: None
+    observations: Sequence[Observation],
+    split: Split,
+    recipe: Recipe,
+    tick: Tick = lambda: None,
+    kernel_times: Sequence[KernelTimes] = (),
 ) -> Predictions:
     """Predict the held-out rows of every fold by a network that never saw them.
 
-    Stalled and multimodal rows are predicted but not learned from. ``tick`` is called after each training step,
-    ``split.fits`` x ``recipe.steps`` times.
+    Stalled and multimodal rows are predicted but not learned from, nor are kernel times of layers or devices that
+    only held-out rows have. ``tick`` is called after each training step, ``split.fits`` x ``recipe.steps`` times.
     """
     from llmco2_vllm.training.fit import Table, devices_of
 
-    table = Table(observations, devices_of(observations))
+    table = Table(observations, devices_of(observations), kernel_times)
     return joined([_held_out(table, fold, split, (recipe, tick)) for fold in split.folds])
 
 
@@ -177,23 +182,32 @@ def joined(parts: Sequence[Predictions]) -> Predictions:
 Fitting = tuple["Recipe", Tick]
 
 
-def out_of_fold(table: Table, rows: Sequence[int], group: Group, fitting: Fitting) -> FloatArray:
-    """log(measured / predicted) energy of ``rows``, each predicted without its group, in the order of ``rows``."""
+def out_of_fold(table: Table, rows: Sequence[int], scored: Sequence[int], group: Group, fitting: Fitting) -> FloatArray:
+    """log(measured / predicted) energy of the ``scored`` ones of ``rows``, each predicted without its group."""
     found: dict[int, float] = {}
-    for part in inner_folds(table.observations, rows, group):
-        trained = _trained(table, sorted(set(rows) - set(part)), fitting)
+    for part in inner_folds(table.observations, scored, group):
+        groups = {group(table.observations[row]) for row in part}
+        trained = _trained(table, [row for row in rows if group(table.observations[row]) not in groups], fitting)
         held = [table.observations[row] for row in part]
         joules = trained.predict(held).energy_joules(held)
         found |= zip(part, np.log(_measured(held) / joules).tolist(), strict=True)
-    return np.array([found[row] for row in rows])
+    return np.array([found[row] for row in scored])
+
+
+def _alike(table: Table, rows: Sequence[int], held: Sequence[Observation]) -> list[int]:
+    """Rows of the held-out ones' sources with a step energy: whose errors are of the kind that is to be expected."""
+    sources = {o.source for o in held}
+    found = ((row, table.observations[row]) for row in rows)
+    return [row for row, o in found if o.source in sources and o.step_energy_joules is not None]
 
 
 def _held_out(table: Table, fold: Fold, split: Split, fitting: Fitting) -> Predictions:
     rows = _useful(table, fold.train)
-    errors = out_of_fold(table, rows, split.group, fitting)
-    by_phase = intervals([table.observations[row] for row in rows], errors)
-    trained = _trained(table, rows, fitting)
     held = tuple(table.observations[row] for row in fold.test)
+    scored = _alike(table, rows, held)
+    errors = out_of_fold(table, rows, scored, split.group, fitting)
+    by_phase = intervals([table.observations[row] for row in scored], errors)
+    trained = _trained(table, rows, fitting)
     mean = trained.predict(held)
     deviation = device_deviation(trained, held) if split.new_device else np.zeros(len(held))
     ratios = np.array([widened(by_phase[phase(o)], float(d)) for o, d in zip(held, deviation, strict=True)])

@@ -1,4 +1,7 @@
-"""Fits the network to observations: step times, decode step times, power, and step energy, all as log errors."""
+"""Fits the network to observations: step times, decode step times, power, and step energy, all as log errors.
+
+Kernel times of profiles are labels of single nodes beside them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from llmco2_vllm.core.features import GraphFeatures
 from llmco2_vllm.predictor.forward import DEFAULT_DEVICE
+from llmco2_vllm.training.kernel_times import KernelTimes, Shape, without
 from llmco2_vllm.training.network import Graphs, KernelGraphNetwork, Steps, collate
 from llmco2_vllm.training.observation import Observation
 from llmco2_vllm.training.origin import ERA, campaign, features_of
@@ -23,6 +27,8 @@ HUBER_DELTA = 0.15
 # How far a source's rows are off for reasons of their own: hours of steady state, minutes of an older engine, medians
 # of few repeats read off a simulator's table.
 SOURCE_WEIGHTS = {"mlenergy-v3": 1.0, "mlenergy-v2": 0.3, "splitwise": 0.3}
+# Of all kernel times together, against the observations together.
+KERNEL_WEIGHT = 0.5
 CAMPAIGN_DEVIATION, CAMPAIGN_SECONDS = 1.0, 0.02
 
 
@@ -59,11 +65,45 @@ def trainable(observations: Iterable[Observation]) -> list[Observation]:
     return [o for o in timed if not o.stalled and not o.multimodal]
 
 
-class Table:
-    """Observations as tensors: a graph for each part of each step mix."""
+class Labels:
+    """Kernel times as tensors. nodes: positions in the nodes of ``graphs``; of: the item each belongs to."""
 
-    def __init__(self, observations: Sequence[Observation], devices: Sequence[str]) -> None:
+    def __init__(self, times: Sequence[KernelTimes], devices: Sequence[str]) -> None:
+        self.times = list(times)
+        self.graphs: Graphs = collate([(item.features, item.batch) for item in times], devices)
+        nodes, seconds, owners, offset = [], [], [], 0
+        for index, item in enumerate(times):
+            for place, kernel in enumerate(item.features.graph.kernels):
+                if kernel.name in item.seconds:
+                    nodes.append(offset + place)
+                    seconds.append(item.seconds[kernel.name])
+                    owners.append(index)
+            offset += len(item.features.graph.kernels)
+        self.nodes, self.of = torch.tensor(nodes), torch.tensor(owners)
+        self.seconds = torch.tensor(seconds, dtype=torch.float64)
+
+    def errors(self, network: KernelGraphNetwork) -> Tensor:
+        """log(predicted / measured) of each label, shape (labels,)."""
+        predicted = network.kernel_seconds(self.graphs, network.outputs(self.graphs))
+        return torch.log(predicted[self.nodes] / self.seconds)
+
+    def chosen(self, observations: Sequence[Observation], use: Sequence[bool]) -> Tensor:
+        """1 for labels that say nothing of a layer or a device that only unused observations have, else 0."""
+        used = [o for o, yes in zip(observations, use, strict=True) if yes]
+        shapes = {Shape.of(o.architecture) for o in observations} - {Shape.of(o.architecture) for o in used}
+        devices = {o.device.name for o in observations} - {o.device.name for o in used}
+        kept = torch.tensor(without(self.times, shapes, devices), dtype=torch.float64)
+        return kept[self.of]
+
+
+class Table:
+    """Observations as tensors: a graph for each part of each step mix. labels: kernel times, None without any."""
+
+    def __init__(
+        self, observations: Sequence[Observation], devices: Sequence[str], kernel_times: Sequence[KernelTimes] = ()
+    ) -> None:
         self.observations = list(observations)
+        self.labels = Labels(kernel_times, devices) if kernel_times else None
         known: dict[Hashable, GraphFeatures] = {}
         items, owners, shares, pure = [], [], [], []
         for index, o in enumerate(self.observations):
@@ -125,8 +165,9 @@ class Model(nn.Module):  # type: ignore[misc]  # torch is not followed
 def fit(table: Table, chosen: Sequence[bool], recipe: Recipe, tick: Callable[[], None] = lambda: None) -> Model:
     """Fit on the ``chosen`` observations of a table; ``tick`` is called after each step. Deterministic."""
     devices = devices_of(o for o, use in zip(table.observations, chosen, strict=True) if use)
-    mask = torch.tensor(list(chosen))
-    weights = _weights(table.observations) * mask
+    weights = _weights(table.observations) * torch.tensor(list(chosen))
+    labels = table.labels
+    kept = None if labels is None else labels.chosen(table.observations, chosen)
     model = Model(devices_of(table.observations), recipe.seed)
     unseen = [row for row, name in enumerate(model.network.devices) if name not in devices]
     optimizer = torch.optim.Adam(_groups(model, recipe))
@@ -134,6 +175,8 @@ def fit(table: Table, chosen: Sequence[bool], recipe: Recipe, tick: Callable[[],
     for _ in range(recipe.steps):
         optimizer.zero_grad()
         loss = (_errors(table, model(table)) * weights).sum() / weights.sum() + model.penalty(recipe)
+        if labels is not None and kept is not None and kept.any():
+            loss = loss + KERNEL_WEIGHT * (_huber(labels.errors(model.network)) * kept).sum() / kept.sum()
         loss.backward()
         optimizer.step()
         schedule.step()

@@ -75,6 +75,13 @@ def across_devices(observations: Observations) -> list[Fold]:
     return [Fold(f"{one} -> {other}", tuple(groups[one]), tuple(groups[other])) for one, other in pairs]
 
 
+def with_more(fold: Fold, observations: Observations, more: Sequence[int], group: Group) -> Fold:
+    """``fold`` that also learns from the positions ``more``, but for those of a group that it predicts."""
+    held = {group(observations[position]) for position in fold.test}
+    added = (position for position in more if group(observations[position]) not in held)
+    return Fold(fold.name, tuple(sorted({*fold.train, *added})), fold.test)
+
+
 def hold_out(observations: Observations, group: Group, share: float = 0.15, seed: int = 0) -> Fold:
     """A fold to be reported once: whole groups, about ``share`` of them, at least one on each side.
 

@@ -42,7 +42,7 @@ class EngineHook:
         self._strangers: set[str] = set()
         # Requests with stop strings end in the front end, and the engine sees an abort either way. Joules
         # of those that are gone here, and what the front end counted of those still here.
-        self._ended: dict[str, float] = {}
+        self._ended: dict[str, RequestCharge] = {}
         self._counted: dict[str, float] = {}
         self._cursor = 0
 
@@ -156,13 +156,13 @@ class EngineHook:
         if charge is None:
             return
         if counted is not None:
-            self.monitor.conclude(charge.energy_joules, counted)
+            self.monitor.conclude(charge, counted)
         elif undecided:
-            self._ended[request_id] = charge.energy_joules
+            self._ended[request_id] = charge
             if len(self._ended) > MOST_UNDECIDED:
                 self._decide(next(iter(self._ended)), 0.0)
         else:
-            self.monitor.conclude(charge.energy_joules, 0.0 if aborted else charge.energy_joules)
+            self.monitor.conclude(charge, 0.0 if aborted else charge.energy_joules)
         if not stranger:
             self._parked[request_id] = charge
 

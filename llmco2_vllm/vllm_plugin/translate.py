@@ -115,7 +115,7 @@ class StepReader:
     def _correct(self, request_id: str, charge: RequestCharge, start: int, request: Any) -> None:
         """The scheduler moved the request back (preemption, rejected drafts) or forward (remote KV)."""
         if self._speculative and request_id not in self._preempted and charge.computed > start:
-            charge.reject(charge.computed - start)
+            self._monitor.book.reject(charge, charge.computed - start)
         else:
             self._preempted.discard(request_id)
             charge.rewind(start, known_tokens(request))

@@ -16,7 +16,7 @@ def content() -> dict[str, Any]:
 
 def test_the_shipped_file_says_where_it_comes_from() -> None:
     shipped = RooflineCalibration.load()
-    assert shipped.version == "roofline/1"
+    assert shipped.version == "roofline/2"
     assert {"data", "command", "left_out", "attribution"} <= set(shipped.provenance)
     assert shipped.kinds["cpu"].calibrated_devices == ()
     assert "h100-sxm" in shipped.kinds["gpu"].calibrated_devices

@@ -234,7 +234,7 @@ def test_a_pooling_model_pays_for_no_samples() -> None:
 def test_the_name_tells_method_version_and_device_without_a_comma() -> None:
     predictor = PREDICTORS["dense"]
     assert isinstance(predictor, Predictor)
-    assert predictor.name == "roofline/1-h100-sxm"
+    assert predictor.name == "roofline/2-h100-sxm"
     odd = RooflinePredictor(DENSE, replace(H100, name="a,b"), Topology(), CALIBRATION)
     assert "," not in odd.name
 

@@ -1,0 +1,210 @@
+"""The measured side of the ledgers: what was charged at predicted rates, charged again at measured ones.
+
+The scheduler decides and charges at once; a meter answers a tick or two later. So every turn of a ledger is noted
+in a journal, in its order, and gone through once more when the steps before it are settled: a request in steady
+decode by the difference of running sums, as in ``ledgers.py``, all others step by step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import NamedTuple
+
+from llmco2_vllm.core.attribution import Step
+
+Quantities = tuple[float, float, float, float]
+_ZERO: Quantities = (0.0, 0.0, 0.0, 0.0)
+
+
+class Turn(IntEnum):
+    """What happens to a ledger between steps."""
+
+    ENTER = 0  # steady decode; value: tokens in its KV cache
+    INTERRUPT = 1
+    REJECT = 2  # value: draft tokens of its last step that were rejected
+    LEAVE = 3
+    CONCLUDE = 4  # value: share of its energy that was reported to a client, 0 for an aborted request
+
+
+Journal = deque["Step | tuple[Turn, Account, float]"]
+
+
+class Paid(NamedTuple):
+    """What one request was charged in one step outside steady decode, predicted joules.
+
+    recomputed_joules: part of the prefill that had been computed before a preemption.
+    """
+
+    account: Account
+    prefill_joules: float
+    decode_joules: float
+    decode_tokens: int
+    recomputed_joules: float
+
+
+class Sums(NamedTuple):
+    """Running sums over settled steps, by quantity: measured, estimated, half width, predicted (joules).
+
+    fixed, slope, ramp: as in ``DecodeSums``. covered: steps, each by the share of it that windows covered.
+    """
+
+    steps: int = 0
+    covered: float = 0.0
+    fixed: Quantities = _ZERO
+    slope: Quantities = _ZERO
+    ramp: Quantities = _ZERO
+
+    def since(self, begin: Sums, offset: int) -> list[float]:
+        """The quantities of a request since ``begin``; its context is ``offset`` ahead of the steps."""
+        columns = zip(self.fixed, self.slope, self.ramp, begin.fixed, begin.slope, begin.ramp, strict=True)
+        return [f - f0 + offset * (s - s0) + r - r0 for f, s, r, f0, s0, r0 in columns]
+
+    def after(self, per_step: float, per_pair: float, step: Step, ratios: Quantities) -> Sums:
+        """One more step, at these predicted joules per request and per attended pair."""
+        ramp = per_pair * (self.steps + 1)
+        return Sums(
+            self.steps + 1,
+            self.covered + step.covered_ratio,
+            tuple(x + k * per_step for x, k in zip(self.fixed, ratios, strict=True)),  # type: ignore[arg-type]
+            tuple(x + k * per_pair for x, k in zip(self.slope, ratios, strict=True)),  # type: ignore[arg-type]
+            tuple(x + k * ramp for x, k in zip(self.ramp, ratios, strict=True)),  # type: ignore[arg-type]
+        )
+
+
+class Account:
+    """What the settled steps of one request came to.
+
+    prefill, decode: joules by quantity: measured, estimated (no window covered them: predicted, at the recent ratio),
+    half width of the 90 % interval, predicted. covered_steps of ``steps``. recomputed_joules and
+    rejected_draft_joules are parts of the first two. final: nothing will be added.
+    """
+
+    __slots__ = (
+        "_last_decode",
+        "covered_steps",
+        "decode",
+        "entered",
+        "final",
+        "offset",
+        "prefill",
+        "recomputed_joules",
+        "rejected_draft_joules",
+        "steps",
+    )
+
+    def __init__(self) -> None:
+        self.prefill, self.decode = [0.0] * 4, [0.0] * 4
+        self.steps = 0
+        self.covered_steps = self.recomputed_joules = self.rejected_draft_joules = 0.0
+        self.entered: Sums | None = None
+        self.offset = 0
+        self.final = False
+        self._last_decode = (0.0, 1)
+
+    @property
+    def measured_joules(self) -> float:
+        """What windows said, both phases."""
+        return self.prefill[0] + self.decode[0]
+
+    @property
+    def value_joules(self) -> float:
+        """Measured and estimated, both phases."""
+        return self.measured_joules + self.prefill[1] + self.decode[1]
+
+    def settle(self, now: Sums) -> None:
+        """Bring an account in steady decode up to date."""
+        begin = self.entered
+        if begin is None or begin is now:
+            return
+        for place, joules in enumerate(now.since(begin, self.offset)):
+            self.decode[place] += joules
+        self.steps += now.steps - begin.steps
+        self.covered_steps += now.covered - begin.covered
+        self.entered = now
+
+    def pay(self, paid: Paid, step: Step, ratios: Quantities) -> None:
+        """Charge one step again, at ``ratios`` per predicted joule."""
+        for place, ratio in enumerate(ratios):
+            self.prefill[place] += ratio * paid.prefill_joules
+            self.decode[place] += ratio * paid.decode_joules
+        used = ratios[0] + ratios[1]
+        self.recomputed_joules += used * paid.recomputed_joules
+        self._last_decode = (used * paid.decode_joules, max(paid.decode_tokens, 1))
+        self.steps += 1
+        self.covered_steps += step.covered_ratio
+
+    def reject(self, drafts: int) -> float:
+        """Part of the last step's energy that went into rejected drafts."""
+        joules, tokens = self._last_decode
+        wasted = joules * drafts / tokens
+        self.rejected_draft_joules += wasted
+        return wasted
+
+
+class Settlement:
+    """Goes through the journal as far as steps are settled. Totals are joules of all requests.
+
+    measured + estimated of both phases = what all accounts came to; aborted, recomputed and rejected drafts are parts.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._now = Sums()
+        self._decoding = 0
+        self.prefill_joules = self.decode_joules = self.estimated_joules = 0.0
+        self.aborted_joules = self.recomputed_joules = self.rejected_draft_joules = 0.0
+
+    @property
+    def now(self) -> Sums:
+        """The running sums after the last settled step."""
+        return self._now
+
+    def advance(self, settled: Iterable[Step], recent_ratio: float) -> None:
+        """Charge the ``settled`` steps, which are the next ones of the journal, and take the turns between them."""
+        for step in settled:
+            self._turns()
+            if self._journal.popleft() is not step:
+                raise RuntimeError("steps were settled out of order")
+            self._charge(step, recent_ratio)
+        self._turns()
+
+    def _turns(self) -> None:
+        journal = self._journal
+        while journal and not isinstance(item := journal[0], Step):
+            journal.popleft()
+            self._take(*item)
+
+    def _take(self, turn: Turn, account: Account, value: float) -> None:
+        if turn is Turn.ENTER:
+            account.entered, account.offset = self._now, int(value) - self._now.steps
+            self._decoding += 1
+        elif turn is Turn.INTERRUPT:
+            account.settle(self._now)
+            account.entered = None
+            self._decoding -= 1
+            if not self._decoding:
+                self._now = Sums()  # differences of large sums would lose digits
+        elif turn is Turn.REJECT:
+            self.rejected_draft_joules += account.reject(int(value))
+        elif turn is Turn.LEAVE:
+            account.final = True
+        else:
+            self.aborted_joules += account.value_joules * (1.0 - value)
+
+    def _charge(self, step: Step, recent_ratio: float) -> None:
+        estimated = (1.0 - step.covered_ratio) * recent_ratio
+        widest = max(1.0 - step.estimate.lower_ratio, step.estimate.upper_ratio - 1.0)
+        half_width = step.half_width_ratio + estimated * widest
+        ratios = (step.measured_ratio, estimated, half_width, 1.0)
+        if self._decoding:
+            per_token, per_pair, per_sample = step.estimate.decode
+            self._now = self._now.after(per_token + per_sample, per_pair, step, ratios)
+        for paid in step.paid:
+            assert isinstance(paid, Paid)
+            paid.account.pay(paid, step, ratios)
+            self.recomputed_joules += (ratios[0] + estimated) * paid.recomputed_joules
+        self.prefill_joules += step.measured_ratio * step.prefill_joules
+        self.decode_joules += step.measured_ratio * (step.predicted_joules - step.prefill_joules)
+        self.estimated_joules += estimated * step.predicted_joules

@@ -1,0 +1,355 @@
+"""Metering: whatever the schedule and the windows, the joules of requests, idle and rest are those of the counter."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmco2_vllm.core.attribution import Activity, Attributor, Step, WindowAccount
+from llmco2_vllm.core.ledgers import RequestCharge
+from llmco2_vllm.core.metering import Doubt, MeterWindow
+from llmco2_vllm.core.settlement import Paid
+from llmco2_vllm.metering import Metering
+from llmco2_vllm.monitor import StepMonitor
+from llmco2_vllm.testing import ConstantPredictor, FakeClock
+
+IDLE_WATTS = 50.0
+
+
+class NotingMetering(Metering):
+    """Keeps every step, for the slow path."""
+
+    steps: list[Step]
+
+    def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
+        self.steps.append(step)
+        return super().opened(step, paid)
+
+
+@dataclass
+class Engine:
+    """A small scheduler over a StepMonitor with a meter: prefill in chunks, decode, preemption, drafts, aborts."""
+
+    devices: int = 1
+    predictor: ConstantPredictor = field(default_factory=ConstantPredictor)
+
+    def __post_init__(self) -> None:
+        self.clock = FakeClock(10.0)
+        self.windows: deque[MeterWindow] = deque()
+        self.accounts: list[WindowAccount] = []
+        self.metering = NotingMetering(
+            Attributor([IDLE_WATTS] * self.devices), self.windows, self.accounts.append, self.clock
+        )
+        self.metering.steps = []
+        self.monitor = StepMonitor(self.predictor, self.clock, self.metering)
+        self.charges: list[RequestCharge] = []
+        self.left: dict[str, int] = {}  # prompt tokens to compute
+        self.in_flight: deque[object] = deque()
+        self.edges = [10.0] * self.devices
+        # Per step, what it was predicted to cost each request: the slow path.
+        self.slow: list[tuple[object, dict[int, float]]] = []
+
+    def join(self, prompt: int) -> None:
+        name = f"r{len(self.charges)}"
+        self.charges.append(self.monitor.book.join(name, 0, prompt, prompt))
+        self.left[name] = prompt
+
+    def running(self) -> list[str]:
+        return list(self.monitor.book.open)
+
+    def schedule(self, chunk: int) -> None:
+        """A step: a chunk of each prompt, one token of all others."""
+        if not self.running():
+            return
+        before = self.spent()
+        book, key, slices, ids = self.monitor.book, object(), [], []
+        for name in self.running():
+            if name not in book.decoding:
+                charge = book.open[name]
+                slices.append(charge.slice(min(chunk, max(charge.known - charge.computed, 1))))
+                ids.append(name)
+        if slices or not self.slow:
+            self.monitor.begin(key, slices)
+        else:
+            self.monitor.begin_steady(key)
+        for name in ids:
+            if book.open[name].computed >= book.open[name].known:
+                self.monitor.book.enter(name)
+        after = self.spent()
+        self.slow.append((key, {i: after[i] - before[i] for i in range(len(after))}))
+        self.in_flight.append(key)
+
+    def spent(self) -> list[float]:
+        book = self.monitor.book
+        for charge in book.open.values():
+            book.settle(charge)
+        return [charge.energy_joules for charge in self.charges]
+
+    def output(self) -> None:
+        if self.in_flight:
+            self.monitor.end(self.in_flight.popleft())
+
+    def preempt(self, name: str) -> None:
+        self.monitor.book.interrupt(name)
+        charge = self.monitor.book.open[name]
+        charge.rewind(0, charge.computed)
+
+    def leave(self, name: str, aborted: bool) -> None:
+        charge = self.monitor.finish(name)
+        assert charge is not None
+        self.monitor.conclude(charge, 0.0 if aborted else charge.energy_joules)
+
+    def edge(self, device: int, watts: float | None, doubt: Doubt = Doubt.NONE) -> None:
+        """The counter of a device is read."""
+        begin, end = self.edges[device], self.clock()
+        if end > begin:
+            joules = None if watts is None else watts * (end - begin)
+            self.windows.append(MeterWindow(device, begin, end, joules, 0.1, doubt))
+            self.edges[device] = end
+            self.metering.tend()
+
+    def finish(self, watts: float | None = 100.0) -> None:
+        while self.in_flight:
+            self.output()
+        for name in self.running():
+            self.leave(name, aborted=False)
+        self.clock.advance(0.5)
+        for device in range(self.devices):
+            self.edge(device, watts)
+        self.metering.tend_all()
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("join"), st.integers(1, 40)),
+    st.tuples(st.just("schedule"), st.integers(1, 16)),
+    st.tuples(st.just("output"), st.just(0)),
+    st.tuples(st.just("pause"), st.integers(1, 300)),
+    st.tuples(st.just("edge"), st.tuples(st.integers(0, 1), st.floats(0, 900))),
+    st.tuples(st.just("preempt"), st.integers(0, 5)),
+    st.tuples(st.just("leave"), st.integers(0, 9)),
+    st.tuples(st.just("asleep"), st.booleans()),
+)
+
+
+def run(actions: list[tuple[str, object]], devices: int) -> Engine:
+    engine = Engine(devices)
+    for action, value in actions:
+        running = engine.running()
+        match action, value:
+            case "join", int(prompt):
+                engine.join(prompt)
+            case "schedule", int(chunk) if len(engine.in_flight) < 2:
+                engine.schedule(chunk)
+            case "output", _:
+                engine.output()
+            case "pause", int(milliseconds):
+                engine.clock.advance(milliseconds / 1e3)
+            case "edge", (int(device), float(watts)):
+                engine.edge(device % devices, watts)
+            case "preempt", int(place) if running and not engine.in_flight:
+                engine.preempt(running[place % len(running)])
+            case "leave", int(place) if running:
+                engine.leave(running[place % len(running)], aborted=place > 5)
+            case "asleep", bool(asleep):
+                engine.metering.switched(Activity.SLEEPING if asleep else Activity.AWAKE)
+    engine.finish()
+    return engine
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ACTIONS, max_size=60), st.integers(1, 2))
+def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str, object]], devices: int) -> None:
+    engine = run(actions, devices)
+    totals = engine.metering.attributor.totals
+    metered = sum(account.window.energy_joules or 0.0 for account in engine.accounts)
+    measured = sum(charge.account.measured_joules for charge in engine.charges if charge.account)
+    rest = totals.idle_joules + totals.sleeping_joules + totals.unattributed_joules
+    scale = max(metered, abs(totals.unattributed_joules), 1.0)
+    assert totals.metered_joules == pytest.approx(metered, rel=1e-12)
+    assert abs(measured + rest - metered) <= 1e-9 * scale
+    assert abs(totals.residual_joules) <= 1e-9 * scale
+    settled = engine.metering.settlement
+    assert settled.prefill_joules + settled.decode_joules == pytest.approx(measured, rel=1e-9, abs=1e-9 * scale)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ACTIONS, max_size=50), st.integers(1, 2))
+def test_running_sums_give_each_request_what_single_steps_give(actions: list[tuple[str, object]], devices: int) -> None:
+    engine = run(actions, devices)
+    for place, charge in enumerate(engine.charges):
+        account = charge.account
+        assert account is not None and account.final and account.steps == charge.steps
+        slow = sum(
+            step.measured_ratio * spent.get(place, 0.0)
+            for step, (_, spent) in zip(engine.metering.steps, engine.slow, strict=True)
+        )
+        assert account.measured_joules == pytest.approx(slow, rel=1e-7, abs=1e-6)
+        assert account.prefill[3] + account.decode[3] == pytest.approx(charge.energy_joules, rel=1e-9)
+
+
+def busy(seconds: float, watts: float, engine: Engine | None = None) -> Engine:
+    """One request decodes in steps of 10 ms, its device read every 100 ms."""
+    engine = engine or Engine(predictor=ConstantPredictor())
+    engine.join(4)
+    for tick in range(round(seconds * 100)):
+        engine.schedule(8)
+        engine.clock.advance(0.01)
+        engine.output()
+        if tick % 10 == 9:
+            engine.edge(0, watts)
+    return engine
+
+
+def test_a_step_cut_by_an_edge_pays_by_its_share_on_either_side() -> None:
+    engine = Engine()
+    engine.join(4)
+    engine.schedule(4)
+    engine.clock.advance(0.3)
+    engine.edge(0, 100.0)
+    engine.clock.advance(0.1)
+    engine.output()
+    engine.edge(0, 500.0)
+    engine.finish(0.0)
+    assert engine.charges[0].account is not None
+    assert engine.charges[0].account.measured_joules == pytest.approx(0.3 * 100 + 0.1 * 500)
+
+
+def test_gaps_are_idle_and_a_window_without_steps_is_idle_entirely() -> None:
+    engine = Engine()
+    engine.clock.advance(3.0)
+    engine.edge(0, 70.0)
+    engine.join(4)
+    engine.schedule(4)
+    engine.clock.advance(0.5)
+    engine.output()
+    engine.clock.advance(0.5)
+    engine.edge(0, 400.0)
+    engine.finish(0.0)
+    totals = engine.metering.attributor.totals
+    # 3 s at 70 W teach the idle power that is then taken off the gap of half a second.
+    assert totals.idle_joules == pytest.approx(3 * 70 + 0.5 * 70)
+    assert totals.attributed_joules == pytest.approx(400 - 35)
+
+
+def test_idle_power_is_learned_apart_for_an_engine_that_sleeps() -> None:
+    engine = Engine()
+    engine.clock.advance(2.0)
+    engine.edge(0, 80.0)
+    engine.metering.switched(Activity.SLEEPING)
+    engine.clock.advance(0.5)
+    engine.edge(0, 30.0)
+    engine.clock.advance(2.0)
+    engine.edge(0, 20.0)
+    attributor = engine.metering.attributor
+    assert attributor.idle_power_watts() == pytest.approx(80)
+    assert attributor.idle_power_watts(Activity.SLEEPING) == pytest.approx((0.5 * 30 + 2 * 20) / 2.5)
+    assert attributor.totals.sleeping_joules == pytest.approx(55)
+
+
+def test_a_window_far_from_the_recent_ratio_is_not_believed_and_its_rest_is_a_line_of_its_own() -> None:
+    engine = busy(10.0, 200.0)
+    recent = engine.metering.attributor.recent_ratio
+    busy(0.1, 9000.0, engine)
+    account = engine.accounts[-1]
+    assert not account.trusted and account.ratio is not None and account.ratio > 3 * recent
+    assert account.attributed_joules == pytest.approx(3 * recent * account.predicted_joules)
+    assert account.attributed_joules + account.unattributed_joules + account.idle_joules == pytest.approx(900)
+
+
+def test_a_predictor_that_is_far_off_is_followed_from_the_start() -> None:
+    engine = busy(20.0, 20_000.0)
+    totals = engine.metering.attributor.totals
+    assert totals.unattributed_joules == pytest.approx(0.0, abs=1e-6 * totals.metered_joules)
+    assert all(account.trusted for account in engine.accounts)
+
+
+@pytest.mark.parametrize("doubt", [Doubt.LOST, Doubt.FROZEN, Doubt.COUNTER_DECREASED])
+def test_steps_that_no_meter_saw_are_predicted_at_the_recent_ratio_and_say_so(doubt: Doubt) -> None:
+    engine = busy(2.0, 200.0)
+    covered = engine.charges[0].account
+    engine.monitor.book.settle(engine.charges[0])
+    for tick in range(20):
+        engine.schedule(8)
+        engine.clock.advance(0.01)
+        engine.output()
+        if tick % 10 == 9:
+            engine.edge(0, None, doubt)
+    engine.finish()
+    steps = engine.metering.steps
+    assert covered is not None and covered.steps == 220
+    assert covered.covered_steps == pytest.approx(200)
+    assert covered.decode[1] > 0.0 and engine.metering.attributor.totals.unmetered_seconds == pytest.approx(0.2)
+    unseen = sum(spent[0] for step, (_, spent) in zip(steps, engine.slow, strict=True) if not step.covered_ratio)
+    assert covered.decode[1] == pytest.approx(unseen * engine.metering.attributor.recent_ratio)
+
+
+def test_a_meter_that_falls_silent_leaves_the_steps_to_prediction_after_a_while() -> None:
+    engine = busy(0.5, 200.0)
+    for _ in range(700):
+        engine.schedule(8)
+        engine.clock.advance(0.01)
+        engine.output()
+        engine.metering.tend()
+    assert len(engine.metering.journal) < 520
+    account = engine.charges[0].account
+    assert account is not None
+    account.settle(engine.metering.settlement.now)
+    assert account.covered_steps == pytest.approx(50) and account.steps > 150
+
+
+def test_aborted_recomputed_and_rejected_energy_are_lines_of_their_own() -> None:
+    engine = Engine()
+    for prompt in (8, 8):
+        engine.join(prompt)
+    for _ in range(5):
+        engine.schedule(8)
+        engine.clock.advance(0.1)
+        engine.output()
+    engine.preempt("r0")
+    engine.schedule(32)
+    engine.clock.advance(0.1)
+    engine.output()
+    engine.leave("r1", aborted=True)
+    engine.edge(0, 300.0)
+    engine.finish()
+    settlement, (first, second) = engine.metering.settlement, [charge.account for charge in engine.charges]
+    assert first is not None and second is not None
+    assert settlement.aborted_joules == pytest.approx(second.value_joules)
+    assert settlement.recomputed_joules == pytest.approx(first.recomputed_joules) and first.recomputed_joules > 0
+    assert first.recomputed_joules < first.prefill[0]
+
+
+def test_rejected_drafts_take_their_part_of_the_step_that_computed_them() -> None:
+    engine = Engine()
+    engine.join(4)
+    charge = engine.charges[0]
+    engine.monitor.begin("prompt", [charge.slice(4)])
+    engine.clock.advance(0.1)
+    engine.monitor.end("prompt")
+    engine.monitor.begin("drafts", [charge.slice(4)])
+    engine.clock.advance(0.1)
+    engine.monitor.end("drafts")
+    engine.monitor.book.reject(charge, 3)
+    engine.edge(0, 300.0)
+    engine.finish()
+    assert charge.account is not None
+    assert charge.account.rejected_draft_joules == pytest.approx(0.75 * charge.account.decode[0])
+
+
+def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
+    engine = busy(0.5, 200.0)
+    engine.schedule(8)
+    engine.monitor.reset()
+    engine.in_flight.clear()
+    engine.charges.clear()
+    engine.slow.clear()
+    busy(0.5, 200.0, engine)
+    engine.finish()
+    totals = engine.metering.attributor.totals
+    assert abs(totals.residual_joules) < 1e-9 * totals.metered_joules
+    assert engine.charges[0].account is not None and engine.charges[0].account.measured_joules > 0
