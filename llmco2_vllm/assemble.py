@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llmco2_vllm.config import ConfigError, Settings
+from llmco2_vllm.core.attribution import Attributor, WindowAccount
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, detect_host, device_by_name
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.metering import Metering
+from llmco2_vllm.meters.activity import EngineActivity
+from llmco2_vllm.meters.discover import Discovery, Search, open_meter
 from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import RooflineCalibration
+from llmco2_vllm.predictor.deployment import Calibration, Identity, calibrated
 from llmco2_vllm.predictor.gnn import GnnPredictor
 from llmco2_vllm.predictor.predict import RooflinePredictor
-
-NO_METER = "this version predicts only; no meter is built in yet"
-METER_OFF = "switched off by the setting meter=none"
+from llmco2_vllm.samples import Origin as SampleOrigin
+from llmco2_vllm.samples import SampleFeed, fingerprint
+from llmco2_vllm.store.writer import SampleStore
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Deployment:
     device_name: ``cpu``, or the accelerator's name as its driver reports it.
     dtype: activations and unquantised weights; kv_cache_dtype: ``auto`` means as dtype.
     pooling: the model is served for embeddings, without its LM head.
+    meter_devices: the engine's own devices, tokens as in CUDA_VISIBLE_DEVICES; None for all there are.
+    engine: index of the engine. engine_version: of the host, for samples.
     """
 
     model_config: Mapping[str, Any]
@@ -39,16 +47,20 @@ class Deployment:
     kv_cache_dtype: str = "auto"
     pooling: bool = False
     topology: Topology = field(default_factory=Topology)
+    meter_devices: tuple[str | int, ...] | None = None
+    engine: int = 0
+    engine_version: str = ""
 
 
 @dataclass(frozen=True)
 class Meter:
-    """The assembled parts of one engine."""
+    """The assembled parts of one engine. states: of the parts that tell how they are, by name."""
 
     monitor: StepMonitor
     device: DeviceSpec
     meter: str
     meter_reason: str
+    states: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
 def check_settings(settings: Settings) -> None:
@@ -65,6 +77,11 @@ def check_settings(settings: Settings) -> None:
         _bundle(settings.predictor)
     except (OSError, ValueError) as error:
         raise ConfigError(f"predictor={settings.predictor!r} is not possible; {error}") from None
+    try:
+        if settings.calibration is not None:
+            _check_calibration(settings, Calibration.load(settings.calibration))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"calibration={str(settings.calibration)!r} is not possible; {error}") from None
 
 
 def assemble(settings: Settings, deployment: Deployment) -> Meter:
@@ -75,8 +92,66 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     if deployment.pooling:
         model = replace(model, has_lm_head=False)
     predictor = predictor_of(settings.predictor, model, device, deployment.topology)
-    reason = METER_OFF if settings.meter == "none" else NO_METER
-    return Meter(StepMonitor(predictor), device, "none", reason)
+    if settings.calibration is not None:
+        identity = Identity.of(model, device.name, deployment.topology)
+        predictor = calibrated(Calibration.load(settings.calibration), predictor, identity)
+    found = open_meter(
+        settings.meter,
+        deployment.meter_devices,
+        Search(accelerator=deployment.device_name != "cpu"),
+        activity := EngineActivity(),
+    )
+    if found.sampler is None:
+        return Meter(StepMonitor(predictor), device, found.name, found.reason or "")
+    listener = MeterListener(activity, _feed(settings, deployment, found, (model, device, predictor)))
+    # A driver that is still silent has told of no device yet: then those that the engine runs on.
+    count = len(found.sampler.state()["devices"]) or deployment.topology.engine_devices
+    attributor = Attributor([device.idle_power_watts] * count)
+    metering = Metering(attributor, found.sampler.windows, listener)
+    return Meter(
+        StepMonitor(predictor, metering=metering), device, found.name, found.reason or "",
+        {"meter": found.sampler.state, **({} if listener.feed is None else {"samples": listener.feed.state})},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MeterListener:
+    """Tells the sampler when there is work, and the store of every window."""
+
+    activity: EngineActivity
+    feed: SampleFeed | None
+
+    def account(self, account: WindowAccount) -> None:
+        """A window was split."""
+        if self.feed is not None:
+            self.feed.take(account)
+
+    def working(self, busy: bool, asleep: bool, now_seconds: float) -> None:
+        """There are requests from now on, or none, or the engine sleeps."""
+        if asleep and not busy:
+            self.activity.sleep(now_seconds)
+        elif busy:
+            self.activity.busy(now_seconds)
+        else:
+            self.activity.idle(now_seconds)
+
+
+def _feed(
+    settings: Settings, deployment: Deployment, found: Discovery, parts: tuple[ModelSpec, DeviceSpec, Predictor]
+) -> SampleFeed | None:
+    """Where samples go; None unless the setting ``samples`` names a folder."""
+    if settings.samples is None or found.sampler is None:
+        return None
+    model, device, predictor = parts
+    metered = found.sampler.state()["devices"]
+    scope = metered[0]["scope"] if metered else ""
+    origin = SampleOrigin(
+        device.name, scope, found.name, predictor.name, deployment.topology, fingerprint(model),
+        deployment.engine, deployment.engine_version,
+    )  # fmt: skip
+    feed = SampleFeed(SampleStore(settings.samples), origin, found.sampler.state)
+    atexit.register(feed.close)
+    return feed
 
 
 def predictor_of(name: str, model: ModelSpec, device: DeviceSpec, topology: Topology) -> Predictor:
@@ -89,6 +164,19 @@ def predictor_of(name: str, model: ModelSpec, device: DeviceSpec, topology: Topo
         return GnnPredictor(model, device, topology, bundle)
     calibration = bundle if isinstance(bundle, RooflineCalibration) else RooflineCalibration.load()
     return RooflinePredictor(model, device, topology, calibration)
+
+
+def _check_calibration(settings: Settings, calibration: Calibration) -> None:
+    """What shows before an engine is there. Raises ValueError when it is of another device or predictor."""
+    device, wanted = calibration.deployment.device, settings.device
+    if wanted is not None and device != (wanted if wanted == "cpu" else device_by_name(wanted).name):
+        raise ValueError(f"calibration: deployment: device={device!r} was measured, the setting device is {wanted!r}")
+    bundle = _bundle(settings.predictor)
+    if isinstance(bundle, Bundle) and device == "cpu":
+        bundle = RooflineCalibration.load()
+    if not calibration.predictor.startswith(f"{bundle.version}-"):
+        found = calibration.predictor
+        raise ValueError(f"calibration: predictor={found!r} was measured, predictions are by {bundle.version!r} now")
 
 
 def _bundle(name: str) -> Bundle | RooflineCalibration:

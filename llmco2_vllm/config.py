@@ -51,10 +51,15 @@ class Settings(BaseModel):
     predictor: Annotated[str, Field(min_length=1)] = Field(
         "gnn", description="gnn (on CPUs: roofline), roofline, or the path of a predictor bundle"
     )
+    calibration: Path | None = Field(
+        None, description="File of llmco2 calibrate for this deployment: predictions are corrected by it"
+    )
     samples: Path | None = Field(
         None, description="Folder for metered samples; nothing is written while no meter is open"
     )
-    meter: Literal["auto", "none"] = Field("auto", description="auto opens what works; none predicts only")
+    meter: Literal["auto", "nvml", "rapl", "none"] = Field(
+        "auto", description="auto (NVML for GPUs, RAPL for CPUs), nvml, rapl, or none to predict only"
+    )
     headers: bool = Field(False, description="Add x-carbon-* headers to responses that are not streamed")
     switch: bool = Field(False, description="Let PUT /carbon/hook turn the hook off and on at run time")
 
@@ -71,6 +76,14 @@ class Settings(BaseModel):
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise ValueError(f"a folder that can be written ({nearest} is not one)")
         return folder
+
+    @field_validator("calibration")
+    @classmethod
+    def _existing_file(cls, value: Path | None) -> Path | None:
+        file = None if value is None else value.expanduser()
+        if file is not None and not file.is_file():
+            raise ValueError("a file that exists")
+        return file
 
     @field_validator("predictor")
     @classmethod

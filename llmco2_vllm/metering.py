@@ -9,37 +9,57 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from llmco2_vllm.core.attribution import Activity, Attributor, Step, WindowAccount
+from llmco2_vllm.core.comparison import Comparison
 from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
 
 # Steps that are settled behind one scheduler step; more arrive per window than this times the steps in it only while
 # nobody waits for them.
 STEPS_AT_ONCE = 4
-OnAccount = Callable[[WindowAccount], None]
+
+
+class Listener(Protocol):
+    """Who is told of what happens. Called on the scheduler's thread: one append, no more."""
+
+    def account(self, account: WindowAccount) -> None:
+        """A window was split."""
+
+    def working(self, busy: bool, asleep: bool, now_seconds: float) -> None:
+        """From now on there are requests, or there are none."""
+
+
+class Deaf:
+    """Listens to nothing."""
+
+    def account(self, account: WindowAccount) -> None:
+        """Not heard."""
+
+    def working(self, busy: bool, asleep: bool, now_seconds: float) -> None:
+        """Not heard."""
 
 
 class Metering:
-    """Takes windows from ``source`` (appended by another thread), accounts for them and settles the journal.
-
-    on_account: told of every window that was split, for comparison and samples.
-    """
+    """Takes windows from ``source`` (appended by another thread), accounts for them and settles the journal."""
 
     def __init__(
         self,
         attributor: Attributor,
         source: deque[MeterWindow],
-        on_account: OnAccount = lambda account: None,
+        listener: Listener | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.attributor = attributor
+        self.comparison = Comparison()
         self.journal: Journal = deque()
         self.settlement = Settlement(self.journal)
         self._source = source
-        self._on_account = on_account
+        self._listener = listener or Deaf()
         self._clock = clock
         self._settled: deque[Step] = deque()
+        self._busy = self._asleep = False
 
     def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
         """A step was scheduled, and these requests were charged in it outside the running sums."""
@@ -59,7 +79,8 @@ class Metering:
             while source:
                 attributor.take(source.popleft())
             for account in attributor.accounts():
-                self._on_account(account)
+                self.comparison.add(account)
+                self._listener.account(account)
         if not self._settled:
             self._settled.extend(attributor.settled(self._clock()))
         count = min(most, len(self._settled))
@@ -73,10 +94,44 @@ class Metering:
         self.tend(1 << 30)
         self.settlement.advance((), self.attributor.recent_ratio)
 
+    def working(self, busy: bool) -> None:
+        """There are requests from now on, or there are none."""
+        if busy != self._busy:
+            self._busy = busy
+            self._listener.working(busy, self._asleep, self._clock())
+
     def switched(self, activity: Activity) -> None:
         """The engine falls asleep or wakes up."""
-        self.attributor.switched(activity, self._clock())
+        self._asleep = activity is Activity.SLEEPING
+        now = self._clock()
+        self.attributor.switched(activity, now)
+        self._listener.working(self._busy, self._asleep, now)
 
     def reset(self, now_seconds: float) -> None:
         """The ledgers are forgotten; energy goes on being counted."""
         self.attributor.forget_open(now_seconds)
+
+    def state(self) -> dict[str, Any]:
+        """Cumulative joules, learned idle power and the comparison with predictions; plain JSON values."""
+        totals, settled, comparison = self.attributor.totals, self.settlement, self.comparison
+        return {
+            "metered_joules": totals.metered_joules,
+            "attributed_joules": totals.attributed_joules,
+            "prefill_joules": settled.prefill_joules,
+            "decode_joules": settled.decode_joules,
+            "idle_joules": totals.idle_joules,
+            "sleeping_joules": totals.sleeping_joules,
+            "unattributed_joules": totals.unattributed_joules,
+            "residual_joules": totals.residual_joules,
+            "estimated_joules": settled.estimated_joules,
+            "aborted_joules": settled.aborted_joules,
+            "recomputed_joules": settled.recomputed_joules,
+            "rejected_draft_joules": settled.rejected_draft_joules,
+            "unmetered_seconds": totals.unmetered_seconds,
+            "windows": totals.windows,
+            "doubtful_windows": totals.doubtful_windows,
+            "recent_ratio": self.attributor.recent_ratio,
+            "idle_power_watts": {activity.value: self.attributor.idle_power_watts(activity) for activity in Activity},
+            "bias_ratio": {mix.value: bias.ratio for mix, bias in comparison.bias.items() if bias.windows},
+            "reports": [[r.number, r.mix.value, r.error_ratio] for r in comparison.reports],
+        }

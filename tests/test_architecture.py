@@ -20,6 +20,7 @@ LAYERS = {
     "training": 3,
     "config": 4,
     "metering": 4,
+    "samples": 4,
     "monitor": 4,
     "assemble": 4,
     "testing": 4,

@@ -27,6 +27,7 @@ IMPOSSIBLE = {
     "device": "",
     "node_overhead": -0.1,
     "predictor": "no/such/file.json",
+    "calibration": "no/such/file.json",
     "meter": "wattmeter",
     "headers": "perhaps",
     "switch": "perhaps",

@@ -42,9 +42,7 @@ class Engine:
         self.clock = FakeClock(10.0)
         self.windows: deque[MeterWindow] = deque()
         self.accounts: list[WindowAccount] = []
-        self.metering = NotingMetering(
-            Attributor([IDLE_WATTS] * self.devices), self.windows, self.accounts.append, self.clock
-        )
+        self.metering = NotingMetering(Attributor([IDLE_WATTS] * self.devices), self.windows, self, self.clock)
         self.metering.steps = []
         self.monitor = StepMonitor(self.predictor, self.clock, self.metering)
         self.charges: list[RequestCharge] = []
@@ -53,6 +51,12 @@ class Engine:
         self.edges = [10.0] * self.devices
         # Per step, what it was predicted to cost each request: the slow path.
         self.slow: list[tuple[object, dict[int, float]]] = []
+
+    def account(self, account: WindowAccount) -> None:
+        self.accounts.append(account)
+
+    def working(self, busy: bool, asleep: bool, now_seconds: float) -> None:
+        pass
 
     def join(self, prompt: int) -> None:
         name = f"r{len(self.charges)}"

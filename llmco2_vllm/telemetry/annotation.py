@@ -16,10 +16,13 @@ from pydantic.json_schema import SkipJsonSchema
 from llmco2_vllm.core.carbon import host_joules
 from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.ledger import Ledger, RequestLedger, total
+from llmco2_vllm.telemetry.metered import Figure, total_figure
 
 SCHEMA: Final = "llmco2/1"
 METHOD: Final = "1.0"
 ATTRIBUTION: Final = "step-kernel/1"
+# Shares of steps add up to one but for rounding.
+WHOLLY_COVERED = 1.0 - 1e-6
 
 
 def _six_digits(value: float) -> float:
@@ -55,7 +58,7 @@ class Estimate(_Part):
 
 
 class MeasuredEnergy(_Part):
-    """Energy of the request as metered."""
+    """Energy of the request as metered; what no window covers yet is predicted, as coverage_ratio says."""
 
     value: Number = Field(description="Device energy, J")
     lower: Number = Field(description="Lower end of its interval, J")
@@ -64,6 +67,8 @@ class MeasuredEnergy(_Part):
     decode: Number | SkipJsonSchema[None] = _optional("Part spent on sampled tokens, J")
     idle_share: Number | SkipJsonSchema[None] = _optional("Share of idle energy, J, on top of value")
     host: Number | SkipJsonSchema[None] = _optional("Rest of the node, J, on top of value")
+    recomputed: Number | SkipJsonSchema[None] = _optional("Part spent on tokens computed again after a preemption, J")
+    rejected_drafts: Number | SkipJsonSchema[None] = _optional("Part spent on draft tokens that were not accepted, J")
 
 
 class CarbonGrams(_Part):
@@ -132,18 +137,23 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
     if not sources or len(sources) != len(ledgers):
         return None
     ledger = total(item.ledger for item in ledgers)
+    metered = total_figure((item.ledger, item.metered) for item in ledgers)
+    if metered is not None and metered.coverage_ratio == 0.0:
+        metered = None  # no window covers any of it: a prediction, and nothing else
     document = {
         "schema": SCHEMA,
         "method": METHOD,
-        "basis": "predicted",
+        "basis": _basis(metered),
         "attribution": ATTRIBUTION,
         "estimate": _estimate(ledger, accounting),
-        "carbon_grams": _carbon_grams(ledger, accounting),
+        "energy_joules": None if metered is None else _measured(metered, accounting),
+        "carbon_grams": _carbon_grams(ledger, metered, accounting),
         "intensity": intensity_document(accounting),
         "pue": accounting.pue,
         "tokens": _tokens(ledger),
         "meter": _names(source.meter for source in sources),
         "meter_reason": _names(source.meter_reason for source in sources) or None,
+        "coverage_ratio": None if metered is None else metered.coverage_ratio,
         "predictor": _names(source.predictor for source in sources),
         "in_distribution": ledger.in_distribution,
     }
@@ -168,12 +178,33 @@ def _estimate(ledger: Ledger, accounting: Accounting) -> dict[str, float | str |
     }
 
 
-def _carbon_grams(ledger: Ledger, accounting: Accounting) -> dict[str, float]:
+def _basis(metered: Figure | None) -> str:
+    if metered is None:
+        return "predicted"
+    return "measured" if metered.coverage_ratio >= WHOLLY_COVERED else "mixed"
+
+
+def _measured(metered: Figure, accounting: Accounting) -> dict[str, float | None]:
+    overhead = accounting.node_overhead_ratio
     return {
-        "operational": accounting.operational_grams(ledger.energy_joules),
-        "lower": accounting.operational_grams(ledger.lower_joules),
-        "upper": accounting.operational_grams(ledger.upper_joules),
+        "value": metered.energy_joules,
+        "lower": max(0.0, metered.energy_joules - metered.half_width_joules),
+        "upper": metered.energy_joules + metered.half_width_joules,
+        "prefill": metered.prefill_joules,
+        "decode": metered.decode_joules,
+        "host": None if overhead is None else host_joules(metered.energy_joules, overhead),
+        "recomputed": metered.recomputed_joules or None,
+        "rejected_drafts": metered.rejected_draft_joules or None,
     }
+
+
+def _carbon_grams(ledger: Ledger, metered: Figure | None, accounting: Accounting) -> dict[str, float]:
+    joules = (ledger.energy_joules, ledger.lower_joules, ledger.upper_joules)
+    if metered is not None:
+        value, width = metered.energy_joules, metered.half_width_joules
+        joules = (value, max(0.0, value - width), value + width)
+    grams = map(accounting.operational_grams, joules)
+    return dict(zip(("operational", "lower", "upper"), grams, strict=True))
 
 
 def _tokens(ledger: Ledger) -> dict[str, int | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmco2_vllm.core.ledgers import DecodeSums, RequestCharge
 
@@ -152,13 +152,15 @@ class RequestLedger:
 
     complete: the figures cover the whole request: the engine said it was the final record, or
         the front end itself ended the request (stop string) on the output that carried it.
-    finished: the request has left the front end; its figures no longer change.
+    finished: the request has left the front end; what is predicted no longer changes.
+    metered: what a meter said so far (``telemetry.metered.Metered``), None without a meter.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
     provenance: Provenance | None = None
     complete: bool = False
     finished: bool = False
+    metered: Any = None
     _begin: DecodeSums | None = None
 
     def receive(self, text: str, sums: Mapping[int, DecodeSums] = _NO_SUMS) -> None:

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ SYMBOLS: dict[str, Symbol] = {
     "preempt_request": Symbol("vllm.v1.core.sched.scheduler", "Scheduler", "_preempt_request", "recomputed tokens"),
     "trace_headers": Symbol("vllm.v1.engine", "EngineCoreOutput", "trace_headers", "figures in responses"),
     "engine_core": Symbol("vllm.v1.engine.core", "EngineCore", "__init__", "engine-wide metrics"),
+    "sleep": Symbol("vllm.v1.engine.core", "EngineCore", "sleep", "idle power of a sleeping engine"),
+    "wake_up": Symbol("vllm.v1.engine.core", "EngineCore", "wake_up", "idle power of a sleeping engine"),
     "async_llm": Symbol("vllm.v1.engine.async_llm", "AsyncLLM", "__init__", "engine-wide metrics"),
     "add_request": Symbol("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", "figures in responses"),
     "process_outputs": Symbol(
@@ -69,6 +72,24 @@ def device_name() -> str:
     """``cpu``, or the accelerator's name as its platform reports it."""
     platform = importlib.import_module("vllm.platforms").current_platform
     return "cpu" if platform.is_cpu() else str(platform.get_device_name())
+
+
+def own_devices(vllm_config: Any) -> tuple[str | int, ...] | None:
+    """The GPUs of this engine, tokens as in CUDA_VISIBLE_DEVICES; None on other platforms.
+
+    vLLM gives data-parallel ranks of one host either a variable of their own or consecutive devices of one list.
+    """
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if platform.is_cpu():
+        return None
+    parallel = vllm_config.parallel_config
+    count = int(parallel.world_size)
+    variable = os.environ.get(str(getattr(platform, "device_control_env_var", "CUDA_VISIBLE_DEVICES")))
+    tokens: list[str | int] = [t.strip() for t in variable.split(",") if t.strip()] if variable else []
+    first = int(getattr(parallel, "data_parallel_rank_local", None) or 0) * count
+    if not tokens:
+        return tuple(range(first, first + count))
+    return tuple(tokens if len(tokens) <= count else tokens[first : first + count] or tokens[:count])
 
 
 def resolve(key: str) -> type[Any] | None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from llmco2_vllm.assemble import Deployment, assemble
+from llmco2_vllm.core.attribution import Activity
 from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.monitor import empty_batch_costs_nothing
 from llmco2_vllm.telemetry.ledger import Origin, Provenance
@@ -28,6 +30,7 @@ def start_hook(vllm_config: Any) -> EngineHook:
     origin = Origin(_engine_index(vllm_config), provenance)
     speculative = vllm_config.speculative_config is not None
     hook = EngineHook(meter.monitor, origin, Guard("engine", compat.host_version()), speculative)
+    hook.states.update(meter.states)
     logger.info(
         "llmco2: predictor %s, device %s, meter %s (%s)", provenance.predictor, meter.device.name, *provenance[1:]
     )
@@ -38,6 +41,8 @@ def add_utilities() -> None:
     """Give the engine core the methods that front ends call, also where no hook will start."""
     compat.add_method("engine_core", "llmco2_snapshot", _snapshot)
     compat.add_method("engine_core", "llmco2_switch", _switch)
+    compat.wrap("sleep", _sleep)
+    compat.wrap("wake_up", _wake_up)
 
 
 def describe(vllm_config: Any) -> Deployment:
@@ -55,6 +60,9 @@ def describe(vllm_config: Any) -> Deployment:
             data_parallel=parallel.data_parallel_size,
             expert_parallel=bool(getattr(parallel, "enable_expert_parallel", False)),
         ),
+        meter_devices=compat.own_devices(vllm_config),
+        engine=_engine_index(vllm_config),
+        engine_version=f"vllm {compat.host_version()}",
     )
 
 
@@ -64,16 +72,20 @@ def _engine_index(vllm_config: Any) -> int:
     return int(parallel.data_parallel_rank if index is None else index)
 
 
-def _snapshot(self: Any, counted: str) -> str:
+def _snapshot(self: Any, question: str) -> str:
     """Utility method of EngineCore: the hook's cumulative figures as JSON text.
 
-    counted: JSON text, joules by id of the requests that this front end ended since its last call.
+    question: JSON text; counted: joules by id of the requests that this front end ended since its last call; awaited:
+    ids of requests whose final figure it waits for, answered under ``settled``.
     """
     hook: EngineHook | None = getattr(self.scheduler, "llmco2_hook", None)
     if hook is None:
         return "{}"
-    hook.guard.call("decide", hook.decide, json.loads(counted))
-    return json.dumps(hook.snapshot())
+    asked = json.loads(question)
+    hook.guard.call("decide", hook.decide, asked["counted"])
+    snapshot = hook.snapshot()
+    snapshot["settled"] = hook.guard.call("settled", hook.settled, asked["awaited"]) or {}
+    return json.dumps(snapshot)
 
 
 def _switch(self: Any, on: bool) -> bool:
@@ -83,3 +95,27 @@ def _switch(self: Any, on: bool) -> bool:
         return False
     hook.switch(on, self.scheduler.requests)
     return True
+
+
+def _sleep(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sleep(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        _tell(self, Activity.SLEEPING)
+        return result
+
+    return sleep
+
+
+def _wake_up(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wake_up(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _tell(self, Activity.AWAKE)
+        return original(self, *args, **kwargs)
+
+    return wake_up
+
+
+def _tell(core: Any, activity: Activity) -> None:
+    """The engine falls asleep or wakes up: idle power is another one."""
+    hook: EngineHook | None = getattr(getattr(core, "scheduler", None), "llmco2_hook", None)
+    if hook is not None and hook.monitor.metering is not None:
+        hook.guard.call("sleep", hook.monitor.metering.switched, activity)

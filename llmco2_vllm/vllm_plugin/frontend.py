@@ -11,7 +11,7 @@ import logging
 import os
 import sqlite3
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from llmco2_vllm.config import Settings
 from llmco2_vllm.core.ledgers import DecodeSums
 from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_document
-from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Ledger, RequestLedger, decode_sums, total
+from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, RequestLedger, decode_sums
+from llmco2_vllm.telemetry.metered import METERED_KEY, decode_metered
 from llmco2_vllm.telemetry.requests import RequestLog
 from llmco2_vllm.vllm_plugin import compat
 from llmco2_vllm.vllm_plugin.guard import Guard
+from llmco2_vllm.vllm_plugin.late import LateResults
+from llmco2_vllm.vllm_plugin.view import RequestCarbon
 
 logger = logging.getLogger("vllm.llmco2")
 
@@ -32,38 +35,6 @@ PULL_SECONDS = 5.0
 MOST_COUNTED = 10_000
 _ATTRIBUTE = "llmco2_ledgers"
 _CALL: ContextVar[list[RequestLedger] | None] = ContextVar("llmco2_call", default=None)
-
-
-class RequestCarbon(Mapping[str, Any]):
-    """``RequestOutput.carbon``: the annotation as a mapping, empty until the request has finished.
-
-    A live view: it sums the ledgers of all sequences of the request (n > 1) each time it is read.
-    """
-
-    def __init__(self, ledgers: Sequence[RequestLedger], accounting: Accounting) -> None:
-        self._ledgers = ledgers
-        self._accounting = accounting
-
-    @property
-    def ledger(self) -> Ledger:
-        """What the request has been charged so far, finished or not."""
-        return total(item.ledger for item in self._ledgers)
-
-    def _document(self) -> dict[str, Any]:
-        annotation = annotate(self._ledgers, self._accounting)
-        return {} if annotation is None else annotation.document()
-
-    def __getitem__(self, key: str) -> Any:
-        return self._document()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._document())
-
-    def __len__(self) -> int:
-        return len(self._document())
-
-    def __repr__(self) -> str:
-        return f"RequestCarbon({self._document()!r})"
 
 
 class CarbonFrontEnd:
@@ -81,6 +52,7 @@ class CarbonFrontEnd:
         self.self_check = compat.self_check()
         self.engine_client: Callable[[], Any] = lambda: None
         self._counted: dict[str, float] = {}
+        self._late = LateResults(self._rewrite)
         # Running sums by engine, and the requests whose ledgers follow them.
         self._sums: dict[int, DecodeSums] = {}
         self._following: dict[str, RequestLedger] = {}
@@ -119,6 +91,8 @@ class CarbonFrontEnd:
                 ledger = getattr(state, "llmco2_ledger", None)
                 if ledger is not None:
                     self._take(output.request_id, ledger, headers[KEY])
+                    if METERED_KEY in headers:
+                        ledger.metered = decode_metered(headers[METERED_KEY])
                     received.append((output.request_id, ledger))
         return received
 
@@ -148,6 +122,7 @@ class CarbonFrontEnd:
                 # Ended here by a stop string: the engine sent what its figures need with this very output.
                 self._ended_here(request_id, joules)
             ledger.complete = ledger.finished = True
+            self._late.finished(request_id, ledger)
             try:
                 self.recorder.request_finished(engine, joules)
             except Exception as error:
@@ -189,21 +164,30 @@ class CarbonFrontEnd:
         """Response headers, none unless the setting ``headers`` is on."""
         if not self.settings.headers or (annotation := annotate(ledgers, self.accounting)) is None:
             return []
-        joules, grams = annotation.estimate.energy_joules, annotation.carbon_grams.operational
+        measured = annotation.energy_joules
+        joules = annotation.estimate.energy_joules if measured is None else measured.value
+        grams = annotation.carbon_grams.operational
         return [
             (b"x-carbon-energy-joules", f"{joules:.6g}".encode()),
             (b"x-carbon-gco2e", f"{grams:.6g}".encode()),
         ]
 
-    def remember(self, response_id: str, annotation_json: str) -> None:
+    def remember(self, response_id: str, annotation_json: str, ledgers: Sequence[RequestLedger] = ()) -> None:
         """Keep a finished request for ``GET /carbon/requests/{id}``; a log that is locked or full costs that alone."""
+        self._late.answered(response_id, ledgers)
         try:
             self.log.remember(response_id, annotation_json)
         except sqlite3.Error as error:
             self.failed("remember", error)
 
-    def find(self, response_id: str) -> str | None:
-        """The annotation of a finished request, or None."""
+    def _rewrite(self, response_id: str, ledgers: Sequence[RequestLedger]) -> None:
+        if (text := self.describe(ledgers)) is not None:
+            self.remember(response_id, text)
+
+    async def find(self, response_id: str) -> str | None:
+        """The annotation of a finished request, final as soon as the meter has covered its last step, or None."""
+        if response_id in self._late:
+            await self.snapshots()
         return self.log.find(response_id)
 
     def failed(self, where: str, error: BaseException) -> None:
@@ -221,12 +205,16 @@ class CarbonFrontEnd:
         if client is None:
             return []
         counted, self._counted = self._counted, {}
+        question = json.dumps({"counted": counted, "awaited": self._late.request_ids})
         try:
-            answers = await compat.call_engines(client, "llmco2_snapshot", json.dumps(counted))
+            answers = await compat.call_engines(client, "llmco2_snapshot", question)
         except Exception:
             self._counted = {**counted, **self._counted}
             raise
-        return [snapshot for answer in answers if (snapshot := json.loads(answer))]
+        found = [snapshot for answer in answers if (snapshot := json.loads(answer))]
+        for snapshot in found:
+            self._late.settle(snapshot.pop("settled", {}))
+        return found
 
     async def refresh_metrics(self) -> None:
         """Pull now, before a scrape."""
@@ -248,7 +236,7 @@ class CarbonFrontEnd:
             "version": llmco2_vllm.__version__,
             "vllm_version": self.host_version,
             "model": self.model_name,
-            "basis": "predicted",
+            "basis": "predicted" if first.get("meter", "none") == "none" else "measured",
             **first,
             "zone": self.settings.zone,
             "intensity": intensity_document(self.accounting),

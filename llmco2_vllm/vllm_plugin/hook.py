@@ -6,7 +6,7 @@ and O(1) Python in steady decode.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from time import perf_counter, time
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, encode, encode_sums
+from llmco2_vllm.telemetry.metered import METERED_KEY, Metered, encode_metered, metered_of
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.translate import StepReader
 
@@ -32,6 +33,8 @@ class EngineHook:
         self.origin = origin
         self.guard = guard
         self.reader = StepReader(monitor, self._joined, speculative)
+        # Further parts that tell how they are: the meter, the sample store.
+        self.states: dict[str, Callable[[], Any]] = {}
         self.started_seconds = time()
         self.hook_seconds = 0.0
         # Requests whose ledger goes with their next output, and those with stop strings.
@@ -44,6 +47,8 @@ class EngineHook:
         # of those that are gone here, and what the front end counted of those still here.
         self._ended: dict[str, RequestCharge] = {}
         self._counted: dict[str, float] = {}
+        # Requests that are gone, until the meter has covered their last step and the front end has asked.
+        self._late: dict[str, RequestCharge] = {}
         self._cursor = 0
 
     # -- schedule() -----------------------------------------------------------------------
@@ -72,6 +77,8 @@ class EngineHook:
         if request_id in self._strangers:
             return
         self._unsent.add(request_id)
+        if self.monitor.metering is not None:
+            self.monitor.metering.working(True)
         # The engine never learns of a stop string: the front end ends the request and aborts it here.
         if getattr(getattr(request, "sampling_params", None), "stop", None):
             self._stopping.add(request_id)
@@ -82,6 +89,10 @@ class EngineHook:
         """Close the step's window: its output has come back."""
         if output.total_num_scheduled_tokens:
             self.monitor.end(output)
+            if self.monitor.metering is not None:
+                begin = perf_counter()
+                self.monitor.metering.tend()
+                self.hook_seconds += perf_counter() - begin
 
     def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
         """Put the ledgers that are due into the outputs' trace headers.
@@ -138,6 +149,12 @@ class EngineHook:
 
     def _send(self, output: Any, charge: RequestCharge, final: bool, context: int = -1) -> None:
         _add_header(output, KEY, encode(charge, self.origin, final, context))
+        if (metered := self._metered(charge)) is not None:
+            _add_header(output, METERED_KEY, encode_metered(metered))
+
+    def _metered(self, charge: RequestCharge) -> Metered | None:
+        metering = self.monitor.metering
+        return None if metering is None else metered_of(charge, metering.settlement, metering.attributor.recent_ratio)
 
     # -- the request's life ---------------------------------------------------------------
 
@@ -155,6 +172,11 @@ class EngineHook:
         charge = self.monitor.finish(request_id)
         if charge is None:
             return
+        if self.monitor.metering is not None:
+            self._late[request_id] = charge
+            if len(self._late) > MOST_UNDECIDED:
+                del self._late[next(iter(self._late))]
+            self.monitor.metering.working(bool(self.monitor.book.open))
         if counted is not None:
             self.monitor.conclude(charge, counted)
         elif undecided:
@@ -193,8 +215,21 @@ class EngineHook:
             self._counted.clear()
         self.guard.active = on
 
+    def settled(self, request_ids: Iterable[str]) -> dict[str, str]:
+        """The final records of those of these requests that no further window can change; each is told once."""
+        found = {}
+        for request_id in request_ids:
+            charge = self._late.get(request_id)
+            if charge is not None and (record := self._metered(charge)) is not None and record.final:
+                found[request_id] = encode_metered(record)
+                del self._late[request_id]
+        return found
+
     def snapshot(self) -> dict[str, Any]:
         """Cumulative figures and identity, for the front end; plain JSON values."""
+        metering = self.monitor.metering
+        if metering is not None:
+            metering.tend_all()
         return {
             "engine": self.origin.engine,
             "started_seconds": self.started_seconds,
@@ -205,6 +240,8 @@ class EngineHook:
             "running_requests": len(self.monitor.book.open),
             "open_tickets": self.monitor.open_tickets,
             **asdict(self.monitor.totals),
+            **({} if metering is None else {"metered": metering.state()}),
+            **{name: state() for name, state in self.states.items()},
         }
 
 

@@ -50,11 +50,11 @@ class FrontEnd(Protocol):
         """Headers to add to a response that is not streamed."""
         ...
 
-    def remember(self, response_id: str, annotation_json: str) -> None:
-        """Keep an annotation that has been put into a response."""
+    def remember(self, response_id: str, annotation_json: str, ledgers: Sequence[RequestLedger] = ()) -> None:
+        """Keep an annotation that has been put into a response; it is made anew once its ledgers are final."""
         ...
 
-    def find(self, response_id: str) -> str | None:
+    async def find(self, response_id: str) -> str | None:
         """The annotation kept for a response id."""
         ...
 
@@ -205,7 +205,7 @@ class _Response:
         if text is None:
             return None
         if response_id is not None:
-            self._front_end.remember(response_id, text)
+            self._front_end.remember(response_id, text, self._ledgers)
         return text.encode()
 
     async def _send_body(self, message: Message) -> None:
@@ -341,14 +341,14 @@ async def _answer(front_end: FrontEnd, scope: Scope, receive: Receive, path: str
             return _json_answer(200, await front_end.status())
         if path == "/carbon/hook":
             return await _switch(front_end, receive)
-        return _find(front_end, path.removeprefix(_REQUESTS))
+        return await _find(front_end, path.removeprefix(_REQUESTS))
     except Exception as error:
         _report(front_end, path, error)
         return _json_answer(500, {"error": "the carbon meter failed; see the log of the server"})
 
 
-def _find(front_end: FrontEnd, response_id: str) -> _Answer:
-    annotation = front_end.find(response_id)
+async def _find(front_end: FrontEnd, response_id: str) -> _Answer:
+    annotation = await front_end.find(response_id)
     if annotation is None:
         message = f"no carbon record of response {response_id!r}: not finished, not known, or too long ago"
         return _json_answer(404, {"error": message})

@@ -45,11 +45,11 @@ class FakeFrontEnd:
         self._enter("header_values")
         return self.headers
 
-    def remember(self, response_id: str, annotation_json: str) -> None:
+    def remember(self, response_id: str, annotation_json: str, ledgers: Sequence[RequestLedger] = ()) -> None:
         self._enter("remember")
         self.remembered[response_id] = annotation_json
 
-    def find(self, response_id: str) -> str | None:
+    async def find(self, response_id: str) -> str | None:
         self._enter("find")
         return self.remembered.get(response_id)
 

@@ -1,0 +1,128 @@
+"""What a meter said of one request: its wire form between engine and front end, and the figure made of it.
+
+It travels beside the ledger, under a key of its own, and only where there is a meter. A meter answers a tick or two
+after a step, so the record covers the steps settled so far; what is still open is predicted joules times the recent
+ratio of measured to predicted, and the figure says how much of the request windows really cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from llmco2_vllm.core.ledgers import RequestCharge
+from llmco2_vllm.core.settlement import Settlement
+from llmco2_vllm.telemetry.ledger import Ledger
+
+METERED_KEY = "llmco2-metered"
+METERED_VERSION = "1"
+_WIRE = METERED_VERSION + ",%d,%d" + ",%.9g" * 9
+
+
+class Metered(NamedTuple):
+    """The settled steps of one request. Joules.
+
+    final: every step is settled, the figure no longer changes. steps: settled ones; covered_steps: of these, each by
+    the share of it that windows cover. prefill_joules, decode_joules: measured, and predicted times the recent ratio
+    where no window was. half_width_joules: of the 90 % interval of their sum. predicted_*: of the same steps.
+    recomputed_joules and rejected_draft_joules are parts of the first two. recent_ratio: measured over predicted.
+    """
+
+    final: bool
+    steps: int
+    covered_steps: float
+    prefill_joules: float
+    decode_joules: float
+    half_width_joules: float
+    predicted_prefill_joules: float
+    predicted_decode_joules: float
+    recomputed_joules: float
+    rejected_draft_joules: float
+    recent_ratio: float
+
+
+class Figure(NamedTuple):
+    """Energy of a request, metered as far as ``coverage_ratio`` says, joules and 0 to 1."""
+
+    prefill_joules: float
+    decode_joules: float
+    half_width_joules: float
+    coverage_ratio: float
+    recomputed_joules: float
+    rejected_draft_joules: float
+
+    @property
+    def energy_joules(self) -> float:
+        """Both phases."""
+        return self.prefill_joules + self.decode_joules
+
+
+def metered_of(charge: RequestCharge, settlement: Settlement, recent_ratio: float) -> Metered | None:
+    """The record of a charge now; None without a meter."""
+    account = charge.account
+    if account is None:
+        return None
+    account.settle(settlement.now)
+    prefill, decode = account.prefill, account.decode
+    return Metered(
+        account.final,
+        account.steps,
+        account.covered_steps,
+        prefill[0] + prefill[1],
+        decode[0] + decode[1],
+        prefill[2] + decode[2],
+        prefill[3],
+        decode[3],
+        account.recomputed_joules,
+        account.rejected_draft_joules,
+        recent_ratio,
+    )
+
+
+def encode_metered(record: Metered) -> str:
+    """The wire form: comma-separated, version first."""
+    return _WIRE % record
+
+
+def decode_metered(text: str) -> Metered:
+    """Inverse of :func:`encode_metered`. Raises ValueError on another version or a malformed record."""
+    version, *parts = text.split(",")
+    if version != METERED_VERSION:
+        raise ValueError(f"metered record of version {version!r}; this front end reads {METERED_VERSION!r}")
+    if len(parts) != len(Metered._fields):
+        raise ValueError(f"metered record with {len(parts)} fields instead of {len(Metered._fields)}")
+    return Metered(parts[0] == "1", int(parts[1]), *map(float, parts[2:]))
+
+
+def figure(ledger: Ledger, record: Metered) -> Figure:
+    """Energy of a request whose predicted figures are ``ledger``.
+
+    Open steps are predicted joules times the recent ratio; their interval is that of the prediction.
+    """
+    ratio = record.recent_ratio
+    open_prefill = max(0.0, ledger.prefill_joules - record.predicted_prefill_joules) * (not record.final)
+    open_decode = max(0.0, ledger.decode_joules - record.predicted_decode_joules) * (not record.final)
+    spent = ledger.energy_joules or 1.0
+    widest = max(ledger.upper_joules - spent, spent - ledger.lower_joules) / spent
+    steps = record.steps if record.final else max(ledger.steps, record.steps)
+    return Figure(
+        record.prefill_joules + ratio * open_prefill,
+        record.decode_joules + ratio * open_decode,
+        record.half_width_joules + ratio * (open_prefill + open_decode) * widest,
+        min(1.0, record.covered_steps / steps) if steps else 0.0,
+        record.recomputed_joules,
+        record.rejected_draft_joules,
+    )
+
+
+def total_figure(parts: Iterable[tuple[Ledger, Metered | None]]) -> Figure | None:
+    """Sum over the engine requests of one call; None where one of them has no meter. Coverage by predicted joules."""
+    items = list(parts)
+    if not items or any(record is None for _, record in items):
+        return None
+    figures = [figure(ledger, record) for ledger, record in items if record is not None]
+    weights = [max(ledger.energy_joules, 0.0) for ledger, _ in items]
+    whole = sum(weights)
+    covered = sum(w * f.coverage_ratio for w, f in zip(weights, figures, strict=True)) / whole if whole else 0.0
+    sums = [sum(column) for column in zip(*figures, strict=True)]
+    return Figure(sums[0], sums[1], sums[2], covered, sums[4], sums[5])
