@@ -1,4 +1,4 @@
-"""Focused energy sampling: which steps to measure next, and which samples to keep.
+"""Focused energy sampling: which steps to measure next. Which samples to keep is in core/coverage.py.
 
 After LLMCO2 (arXiv:2410.02950, focused energy data sampling, itself after nn-Meter's adaptive sampling): start
 coarse, then sample finer around the points where the predictor errs most and that requests are likely to visit.
@@ -20,7 +20,6 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmco2_vllm.training.traffic import Candidate, FloatArray, Space, Traffic
 
@@ -42,8 +41,6 @@ _LEAST_MASS = 1e-9
 _COARSE_LEVELS = 3
 # Measurements whose neighbourhood is refined, and new steps around each.
 _REFINED, _NEIGHBOURS = 16, 12
-# Half octaves: samples of one cell differ by at most 41 % in every count.
-_CELLS_PER_OCTAVE = 2
 
 
 class Reason(StrEnum):
@@ -273,37 +270,3 @@ def _nearest(places: FloatArray, others: FloatArray) -> FloatArray:
     # Equal points must be at zero, which the expanded square misses by rounding.
     distance[distance < 1e-6] = 0.0
     return distance
-
-
-def coverage_scores(samples: Sequence[Candidate], errors: FloatArray) -> FloatArray:
-    """How much a store would lose with each sample, shape (n,), oldest sample first; higher is kept longer.
-
-    Samples alike within half an octave of every count share a cell. The newest of a cell scores 1, the next 1/2, then
-    1/3 ... so that rare steps outlive common ones; a cell counts for as much more as its mean absolute relative error
-    is above that of all.
-    """
-    if not len(samples):
-        return np.zeros(0)
-    octaves = np.log2(1 + np.array(samples, dtype=np.float64))
-    _, cell = np.unique(np.floor(_CELLS_PER_OCTAVE * octaves), axis=0, return_inverse=True)
-    cell = cell.reshape(-1)
-    sizes = np.bincount(cell)
-    mean_errors = np.bincount(cell, np.abs(errors)) / sizes
-    overall = float(np.abs(errors).mean())
-    weight = np.maximum(1.0, mean_errors / overall) if overall > 0 else np.ones(len(sizes))
-    order = np.argsort(cell, kind="stable")  # by cell, within it from old to new
-    last = np.cumsum(sizes)[cell[order]]
-    rank = np.empty(len(samples))
-    rank[order] = last - np.arange(len(samples))
-    scores: FloatArray = weight[cell] / rank
-    return scores
-
-
-def worth_keeping(samples: Sequence[Candidate], errors: FloatArray, count: int) -> NDArray[np.bool_]:
-    """Which of the samples (oldest first) a store pruned to ``count`` keeps; shape (n,), of two alike the newer."""
-    scores = coverage_scores(samples, errors)
-    newest_first = np.arange(len(samples))[::-1]
-    order = newest_first[np.argsort(-scores[newest_first], kind="stable")]
-    kept = np.zeros(len(samples), dtype=bool)
-    kept[order[: max(0, count)]] = True
-    return kept

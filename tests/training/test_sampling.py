@@ -14,11 +14,9 @@ from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.training.sampling import (
     Reason,
     Sampling,
-    coverage_scores,
     expected_errors,
     proposals,
     propose,
-    worth_keeping,
 )
 from llmco2_vllm.training.traffic import Candidate, Served, Space, Traffic, kv_capacity_tokens
 
@@ -171,28 +169,6 @@ def test_expected_errors_are_those_measured_at_the_place_and_their_mean_far_away
 def test_an_error_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="must be finite"):
         propose(SPACE, CHAT, [(Candidate(0, 0, 1, 1), float("nan"))], 1)
-
-
-def test_a_store_keeps_the_rare_sample_and_the_newest_of_the_common_ones() -> None:
-    samples = [Candidate(0, 0, 8, 1000)] * 50 + [Candidate(1, 4000, 0, 0)] + [Candidate(0, 0, 8, 1001)] * 50
-    kept = worth_keeping(samples, np.full(101, 0.1), 5)
-    assert np.flatnonzero(kept).tolist() == [50, 97, 98, 99, 100]
-
-
-def test_a_cell_with_more_error_keeps_more_samples() -> None:
-    samples = [Candidate(0, 0, 8, 1000), Candidate(1, 4000, 0, 0)] * 100
-    kept = worth_keeping(samples, np.array([0.02, 0.4] * 100), 40)
-    assert kept[1::2].sum() > kept[::2].sum() >= 10
-
-
-@given(st.lists(st.tuples(CANDIDATES, st.floats(-9, 9)), max_size=60), st.integers(0, 80))
-def test_pruning_keeps_just_so_many_and_one_of_each_cell_before_a_second(
-    samples: list[tuple[Candidate, float]], count: int
-) -> None:
-    candidates, errors = [s for s, _ in samples], np.array([e for _, e in samples])
-    assert worth_keeping(candidates, errors, count).sum() == min(count, len(samples))
-    scores = coverage_scores(candidates, np.ones(len(samples)))
-    assert len(scores) == 0 or (scores.max() == 1 and scores.min() > 0)
 
 
 def test_observed_requests_give_steps_that_obey_littles_law() -> None:
