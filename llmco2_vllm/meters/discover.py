@@ -1,0 +1,75 @@
+"""Find the meter of this host. The sampler's thread opens it; who asks waits for its first answer, not longer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from llmco2_vllm.meters.activity import EngineActivity
+from llmco2_vllm.meters.base import Meter
+from llmco2_vllm.meters.nvml import open_nvml
+from llmco2_vllm.meters.rapl import POWERCAP, RaplMeter
+from llmco2_vllm.meters.sampler import EdgeSampler, Timing
+from llmco2_vllm.meters.windows import WindowRules
+
+CHOICES = ("auto", "nvml", "rapl", "none")
+ANSWER_SECONDS = 1.5
+SWITCHED_OFF = "switched off by the setting meter=none"
+
+
+class Discovery(NamedTuple):
+    """What was found. Without a sampler ``name`` is ``none`` and ``reason`` says why each meter did not open."""
+
+    sampler: EdgeSampler | None
+    name: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where to look.
+
+    accelerator: the engine runs on GPUs; ``auto`` then takes NVML, and RAPL otherwise.
+    powercap: root of the RAPL files; answer_seconds: how long to wait for the first answer.
+    """
+
+    accelerator: bool = True
+    powercap: Path = POWERCAP
+    answer_seconds: float = ANSWER_SECONDS
+    timing: Timing | None = None
+    rules: WindowRules | None = None
+
+
+def open_meter(
+    choice: str,
+    devices: Sequence[str | int] | None = None,
+    search: Search | None = None,
+    activity: EngineActivity | None = None,
+) -> Discovery:
+    """Start a sampler over the chosen meter of ``devices`` (tokens as in CUDA_VISIBLE_DEVICES, None for all).
+
+    Returns within ``answer_seconds``. A driver that has not answered by then is still waited for by the sampler's
+    thread: windows come once it does, ``state()`` tells. Raises ValueError for an unknown choice.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"meter={choice!r} is not possible; allowed: {', '.join(CHOICES)}")
+    if choice == "none":
+        return Discovery(None, "none", SWITCHED_OFF)
+    search = search or Search()
+    name = {"auto": "nvml" if search.accelerator else "rapl"}.get(choice, choice)
+    sampler = EdgeSampler(_opener(name, devices, search), search.timing, search.rules, activity)
+    sampler.start()
+    if not sampler.answered.wait(search.answer_seconds):
+        return Discovery(sampler, name, f"{name} did not answer within {search.answer_seconds:g} s; still waiting")
+    if sampler.name == "none":
+        sampler.stop(0.0)
+        return Discovery(None, "none", f"{name}: {sampler.reason}")
+    return Discovery(sampler, name, None)
+
+
+def _opener(name: str, devices: Sequence[str | int] | None, search: Search) -> Callable[[], Sequence[Meter]]:
+    if name == "rapl":
+        return lambda: [RaplMeter(search.powercap)]
+    return lambda: open_nvml(devices)

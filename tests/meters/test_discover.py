@@ -1,0 +1,103 @@
+"""Discovery opens what works, says why when nothing does, and never waits long."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmco2_vllm.meters.discover import Search, open_meter
+from tests.meters.test_rapl import zone
+from tests.nvml_shim import shim
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_an_unknown_choice_names_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match="meter='dcgm' is not possible; allowed: auto, nvml, rapl, none"):
+        open_meter("dcgm")
+
+
+def test_a_meter_that_is_switched_off_says_so() -> None:
+    assert open_meter("none") == (None, "none", "switched off by the setting meter=none")
+
+
+def test_on_a_cpu_the_packages_are_metered(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0")
+    found = open_meter("auto", search=Search(accelerator=False, powercap=tmp_path))
+    assert found.sampler is not None and found[1:] == ("rapl", None)
+    assert found.sampler.stop(10.0)
+
+
+def test_on_a_cpu_without_rapl_the_reason_says_why(tmp_path: Path) -> None:
+    found = open_meter("auto", search=Search(accelerator=False, powercap=tmp_path))
+    assert found.sampler is None and found.name == "none"
+    assert found.reason is not None and found.reason.startswith("rapl: RAPL: no package under")
+
+
+def in_child(shim_folder: Path, code: str, settings: shim.Settings, call_log: Path | None = None) -> Any:
+    environ = {**os.environ, **shim.environment(shim_folder, settings, call_log=call_log)}
+    prelude = "import json, time\nfrom llmco2_vllm.meters.discover import Search, open_meter\n"
+    answer = subprocess.run(
+        [sys.executable, "-c", prelude + textwrap.dedent(code)],
+        env=environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout)
+
+
+REPORT = "print(json.dumps([found.name, found.reason, found.sampler is not None]))"
+
+
+def test_on_an_accelerator_nvml_is_opened_in_a_thread_of_its_own(shim_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    code = f"""
+    import threading
+    found = open_meter("auto", ["0"], Search(answer_seconds=60))
+    while found.sampler.state()["devices"][0]["calls"] < 20: time.sleep(0.05)
+    state = found.sampler.state()
+    stopped = found.sampler.stop(10)
+    threads = {{line.split()[1] for line in open({str(log)!r})}}
+    print(json.dumps([found.name, found.reason, stopped, len(threads), threading.get_native_id() in map(int, threads)]))
+    """
+    assert in_child(shim_folder, code, shim.Settings(), log) == ["nvml", None, True, 1, False]
+
+
+def test_a_token_that_names_nothing_is_the_reason(shim_folder: Path) -> None:
+    code = 'found = open_meter("nvml", ["7"], Search(answer_seconds=60))\n' + REPORT
+    name, reason, sampling = in_child(shim_folder, code, shim.Settings())
+    assert name == "none" and not sampling
+    assert reason.startswith("nvml: device '7' names no GPU; there are: 0 GPU-")
+
+
+@pytest.mark.parametrize(("code", "word"), [(9, "(9)"), (999, "(999)")])
+def test_a_driver_that_does_not_start_is_the_reason(shim_folder: Path, code: int, word: str) -> None:
+    script = 'found = open_meter("auto", None, Search(answer_seconds=60))\n' + REPORT
+    name, reason, sampling = in_child(shim_folder, script, shim.Settings(init_code=code))
+    assert name == "none" and not sampling and reason.startswith("nvml: NVML: ") and word in reason
+
+
+def test_a_driver_that_does_not_answer_is_not_waited_for(shim_folder: Path) -> None:
+    code = """
+    found = open_meter("auto", None, Search(answer_seconds=0.2))
+    first = [found.name, found.reason, found.sampler.name]
+    found.sampler.answered.wait(60)
+    print(json.dumps([*first, found.sampler.name]))
+    """
+    name, reason, before, after = in_child(shim_folder, code, shim.Settings(init_delay=3.0))
+    assert (name, before, after) == ("nvml", "none", "nvml")
+    assert reason == "nvml did not answer within 0.2 s; still waiting"
+
+
+def test_the_default_wait_is_under_two_seconds() -> None:
+    assert Search().answer_seconds < 2.0
