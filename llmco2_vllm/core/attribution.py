@@ -4,8 +4,10 @@ For each window w of a device, e_s the predicted energy of step s on it and f_ws
 
     E_w = ratio_w * sum_s f_ws * e_s + idle_w + unattributed_w          idle_w = P_idle * gap_w
 
-Nothing is lost or counted twice: ``unattributed`` is what is left, of either sign, and is only ever large where the
-ratio leaves what the recent past makes plausible. Idle is a line of its own.
+Over the steps of a window its dynamic energy goes by measured duration x predicted power, because time is measured on
+every step and power is smooth (ARCHITECTURE decision 1, docs/adr/0009). Nothing is lost or counted twice:
+``unattributed`` is what is left, of either sign, and is only ever large where the ratio leaves what the recent past
+makes plausible. Idle is a line of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ NORMAL_90 = 1.6449
 # One standard deviation, relative: gain of a card's sensor (+-5 %, METERING section 1), and of the split of a window
 # over its steps (benchmarks/attribution.py).
 GAIN_DEVIATION = 0.03
-SPLIT_DEVIATION = 0.03
+SPLIT_DEVIATION = 0.05
+# A step may be this much slower or faster than predicted, against those around it; beyond, its time is not believed.
+LARGEST_PACE_CHANGE = 4.0
+PACE_MEMORY_STEPS = 200
 
 
 class Activity(StrEnum):
@@ -52,6 +57,7 @@ class Step:
     be that of an earlier step (docs/adr/0002). paid: what single requests were charged in it, for settlement.
     measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
     half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1.
+    pace_ratio: its duration over the predicted one, against the recent past.
     """
 
     __slots__ = (
@@ -61,6 +67,7 @@ class Step:
         "estimate",
         "half_width_ratio",
         "measured_ratio",
+        "pace_ratio",
         "paid",
         "predicted_joules",
         "prefill_joules",
@@ -76,6 +83,7 @@ class Step:
         self.predicted_joules = self.prefill_joules + estimate.decode.joules(shape.decode)
         self.paid: Sequence[object] = ()
         self.measured_ratio = self.half_width_ratio = self.covered_ratio = 0.0
+        self.pace_ratio = 1.0
 
     def share_in(self, begin_seconds: float, end_seconds: float) -> float:
         """Share of the step's time in ``[begin, end)``; a step without length lies where it begins."""
@@ -183,6 +191,7 @@ class Attributor:
         self._last_end = -math.inf
         self._steps: deque[Step] = deque()
         self._open: deque[Step] = deque()
+        self._pace = 0.0  # of the recent past: duration over predicted duration, 0 before any
         self._activity = Activity.AWAKE
         self._changes: list[tuple[float, Activity]] = []
 
@@ -210,6 +219,13 @@ class Attributor:
                 break
             first.begin_seconds = first.end_seconds = begin_seconds
         step.begin_seconds, step.end_seconds = begin_seconds, end_seconds
+        predicted = step.estimate.duration_seconds
+        if end_seconds > begin_seconds and predicted > 0.0:
+            pace = (end_seconds - begin_seconds) / predicted
+            self._pace = self._pace or pace
+            relative = min(max(pace / self._pace, 1.0 / LARGEST_PACE_CHANGE), LARGEST_PACE_CHANGE)
+            self._pace *= relative ** (1.0 / PACE_MEMORY_STEPS)
+            step.pace_ratio = relative
 
     def forget_open(self, now_seconds: float) -> None:
         """No output will come for the steps that are open."""
@@ -262,8 +278,8 @@ class Attributor:
         trusted = steady and window.doubt is Doubt.NONE and ratio in (None, used)
         if ratio is not None and window.doubt is Doubt.NONE:
             self._ratios[window.device].learn(used * predicted, predicted, busy)
-        self._spread(window, parts, used)
         attributed = used * predicted
+        self._spread(window, parts, attributed)
         account = WindowAccount(
             window, parts, activity, busy, predicted, attributed, idle, dynamic - attributed, ratio, trusted
         )
@@ -294,14 +310,17 @@ class Attributor:
             self._idle[window.device].learn(activity, joules, window.duration_seconds)
         return joules
 
-    def _spread(self, window: MeterWindow, parts: Sequence[StepShare], ratio: float) -> None:
+    def _spread(self, window: MeterWindow, parts: Sequence[StepShare], joules: float) -> None:
+        """Give the steps of a window their part of its dynamic energy."""
         relative = window.sigma_joules / window.energy_joules if window.energy_joules else 0.0
         deviation = math.sqrt(relative * relative + GAIN_DEVIATION**2 + SPLIT_DEVIATION**2)
+        weight = sum(share * step.predicted_joules * step.pace_ratio for step, share in parts)
+        ratio = joules / weight if weight > 0.0 else 0.0
         for step, share in parts:
-            part = share / len(self._windows)
-            step.measured_ratio += ratio * part
-            step.half_width_ratio += NORMAL_90 * deviation * ratio * part
-            step.covered_ratio += part
+            part = ratio * share * step.pace_ratio
+            step.measured_ratio += part
+            step.half_width_ratio += NORMAL_90 * deviation * part
+            step.covered_ratio += share / len(self._windows)
 
     def _book(self, account: WindowAccount) -> None:
         totals = self.totals

@@ -269,7 +269,9 @@ class EdgeSampler:
     def _failed_to_open(self, error: Exception) -> None:
         if not self._devices:
             self.reason = str(error) or type(error).__name__
-        self._say(f"meter {type(error).__name__}", "llmco2: the meter failed (%s); serving goes on", error)
+        # A host without a meter is no failure: who asked is told the reason.
+        if not isinstance(error, MeterUnavailableError):
+            self._say(f"meter {type(error).__name__}", "llmco2: the meter failed (%s); serving goes on", error)
         self.answered.set()
 
     def _open(self, now: float) -> None:

@@ -1,13 +1,13 @@
 """The one metric table, and the recorder that feeds it.
 
 Plain counters, gauges and histograms with prometheus_client, because collectors, Info and Enum
-do not exist in its multiprocess mode. Joules here are predicted; a measured family is another
-name. Names carry no colon and labels never a request id.
+do not exist in its multiprocess mode. Predicted joules and measured ones are families apart.
+Names carry no colon and labels never a request id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
+# Relative error of a window's prediction, both signs.
+ERROR_BUCKETS = (-0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 # 0.1 J to 100 kJ in steps of 1-2-5.
 JOULE_BUCKETS = (*(m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)), 1e5)
 
@@ -29,6 +31,7 @@ class Metric(NamedTuple):
 
 _ENGINE = ("model_name", "engine")
 _PHASE = (*_ENGINE, "phase")
+_METERED = (*_ENGINE, "phase_mix")
 
 METRICS: dict[str, Metric] = {
     "llmco2_predicted_energy_joules_total": Metric(
@@ -36,6 +39,55 @@ METRICS: dict[str, Metric] = {
     ),
     "llmco2_predicted_carbon_grams_total": Metric(
         Counter, "Operational CO2e of the predicted energy, with PUE and node overhead as configured.", _PHASE
+    ),
+    "llmco2_energy_joules_total": Metric(
+        Counter, "Measured device energy of requests by phase, aborted ones included; nothing without a meter.", _PHASE
+    ),
+    "llmco2_carbon_grams_total": Metric(
+        Counter,
+        "Operational CO2e of the measured energy of requests, PUE and node overhead as configured.",
+        _PHASE,
+    ),
+    "llmco2_metered_energy_joules_total": Metric(
+        Counter, "Energy of the engine's devices as counted: requests + idle + sleeping + unattributed.", _ENGINE
+    ),
+    "llmco2_idle_energy_joules_total": Metric(
+        Counter, "Measured energy of the time without steps, by state of the engine.", (*_ENGINE, "state")
+    ),
+    "llmco2_unattributed_energy_joules": Metric(
+        Gauge, "Measured energy since start that neither steps nor idleness explain, of either sign.", _ENGINE
+    ),
+    "llmco2_conservation_residual_joules": Metric(
+        Gauge, "Metered energy less requests, idle, sleeping and unattributed: rounding, or a fault of ours.", _ENGINE
+    ),
+    "llmco2_estimated_energy_joules_total": Metric(
+        Counter, "Energy of steps no window covered, predicted at the recent ratio of measured to predicted.", _ENGINE
+    ),
+    "llmco2_aborted_energy_joules_total": Metric(
+        Counter, "Part of the measured energy that went to requests whose client left or that failed.", _ENGINE
+    ),
+    "llmco2_recomputed_energy_joules_total": Metric(
+        Counter, "Part of the measured energy that computed tokens again after a preemption.", _ENGINE
+    ),
+    "llmco2_rejected_draft_energy_joules_total": Metric(
+        Counter, "Part of the measured energy that computed draft tokens which were not accepted.", _ENGINE
+    ),
+    "llmco2_window_error_ratio": Metric(
+        Histogram, "Predicted over measured energy of windows of 5 s and more, less 1.", _METERED
+    ),
+    "llmco2_prediction_bias_ratio": Metric(
+        Gauge, "Predicted over measured energy of the recent past, less 1.", _METERED
+    ),
+    "llmco2_meter_windows_total": Metric(
+        Counter, "Windows between edges of the energy counters, by trust.", (*_ENGINE, "trusted")
+    ),
+    "llmco2_meter_faults_total": Metric(Counter, "Faults of the meter, by kind.", (*_ENGINE, "kind")),
+    "llmco2_meter_up": Metric(
+        Gauge, "1 while every device of the engine is metered by its counter or its power, else 0.", _ENGINE
+    ),
+    "llmco2_power_watts": Metric(Gauge, "Power of the engine's devices now, as metered.", _ENGINE),
+    "llmco2_idle_power_watts": Metric(
+        Gauge, "Learned idle power of the engine's devices, by state of the engine.", (*_ENGINE, "state")
     ),
     "llmco2_tokens_total": Metric(Counter, "Tokens computed; cached prompt tokens are not computed.", _PHASE),
     "llmco2_predicted_aborted_energy_joules_total": Metric(
@@ -83,6 +135,19 @@ _SNAPSHOT_COUNTERS = {
     "llmco2_predicted_step_duration_seconds_total": "predicted_seconds",
     "llmco2_hook_duration_seconds_total": "hook_seconds",
 }
+# The same of its part "metered", there with a meter.
+_METERED_COUNTERS = {
+    "llmco2_metered_energy_joules_total": "metered_joules",
+    "llmco2_estimated_energy_joules_total": "estimated_joules",
+    "llmco2_aborted_energy_joules_total": "aborted_joules",
+    "llmco2_recomputed_energy_joules_total": "recomputed_joules",
+    "llmco2_rejected_draft_energy_joules_total": "rejected_draft_joules",
+}
+_METERED_GAUGES = {
+    "llmco2_unattributed_energy_joules": "unattributed_joules",
+    "llmco2_conservation_residual_joules": "residual_joules",
+}
+_STATES = {"awake": "idle_joules", "sleeping": "sleeping_joules"}
 _PHASES = ("prefill", "decode")
 
 
@@ -111,7 +176,7 @@ class Recorder:
                 continue
             options: dict[str, Any] = {"registry": registry}
             if metric.kind is Histogram:
-                options["buckets"] = JOULE_BUCKETS
+                options["buckets"] = ERROR_BUCKETS if name.endswith("error_ratio") else JOULE_BUCKETS
             if metric.kind is Gauge:
                 options["multiprocess_mode"] = "mostrecent"
             self._metrics[name] = metric.kind(name, metric.help, metric.labels, **options)
@@ -142,6 +207,9 @@ class Recorder:
         for name, field in _SNAPSHOT_COUNTERS.items():
             self._metrics[name].labels(*labels).inc(self._new(source, field, snapshot[field]))
         self.failures(engine, snapshot["failures"])
+        if "metered" in snapshot:
+            self._metered(labels, source, snapshot["metered"], grams_per_joule)
+            self._meter(labels, source, snapshot.get("meter", {}).get("devices", []))
         provenance = snapshot["provenance"]
         self._metrics["llmco2_build_info"].labels(
             self.identity.model_name,
@@ -150,6 +218,42 @@ class Recorder:
             provenance["predictor"],
             provenance["meter"],
         ).set(1)
+
+    def _metered(
+        self, labels: tuple[str, str], source: str, metered: Mapping[str, Any], grams_per_joule: float
+    ) -> None:
+        metrics, source = self._metrics, f"{source}, metered"
+        for phase in _PHASES:
+            joules = self._new(source, f"{phase}_joules", metered[f"{phase}_joules"])
+            metrics["llmco2_energy_joules_total"].labels(*labels, phase).inc(joules)
+            metrics["llmco2_carbon_grams_total"].labels(*labels, phase).inc(joules * grams_per_joule)
+        for name, field in _METERED_COUNTERS.items():
+            metrics[name].labels(*labels).inc(self._new(source, field, metered[field]))
+        for name, field in _METERED_GAUGES.items():
+            metrics[name].labels(*labels).set(metered[field])
+        for state, field in _STATES.items():
+            joules = self._new(source, field, metered[field])
+            metrics["llmco2_idle_energy_joules_total"].labels(*labels, state).inc(joules)
+            metrics["llmco2_idle_power_watts"].labels(*labels, state).set(metered["idle_power_watts"][state])
+        trusted = metered["windows"] - metered["doubtful_windows"]
+        for word, count in (("yes", trusted), ("no", metered["doubtful_windows"])):
+            metrics["llmco2_meter_windows_total"].labels(*labels, word).inc(self._new(source, f"trusted {word}", count))
+        for mix, ratio in metered["bias_ratio"].items():
+            metrics["llmco2_prediction_bias_ratio"].labels(*labels, mix).set(ratio)
+        for number, mix, error in metered["reports"]:
+            if self._new(source, "report", number):
+                metrics["llmco2_window_error_ratio"].labels(*labels, mix).observe(error)
+
+    def _meter(self, labels: tuple[str, str], source: str, devices: Sequence[Mapping[str, Any]]) -> None:
+        up = bool(devices) and all(device.get("source") in ("counter", "power") for device in devices)
+        self._metrics["llmco2_meter_up"].labels(*labels).set(float(up))
+        watts = [float(w) for device in devices if (w := device.get("power_watts")) is not None]
+        if devices and len(watts) == len(devices):
+            self._metrics["llmco2_power_watts"].labels(*labels).set(sum(watts))
+        for place, device in enumerate(devices):
+            for kind, count in device.get("faults", {}).items():
+                new = self._new(source, f"fault {kind} of {place}", count)
+                self._metrics["llmco2_meter_faults_total"].labels(*labels, kind).inc(new)
 
     def failures(self, side: str, failures: Mapping[str, int]) -> None:
         """Advance the failure counter of an engine, or of the ``front_end``."""

@@ -31,8 +31,15 @@ def start_hook(vllm_config: Any) -> EngineHook:
     speculative = vllm_config.speculative_config is not None
     hook = EngineHook(meter.monitor, origin, Guard("engine", compat.host_version()), speculative)
     hook.states.update(meter.states)
-    logger.info(
-        "llmco2: predictor %s, device %s, meter %s (%s)", provenance.predictor, meter.device.name, *provenance[1:]
+    reason = f" ({provenance.meter_reason})" if provenance.meter_reason else ""
+    asked_in_vain = provenance.meter == "none" and settings.meter not in ("auto", "none")
+    logger.log(
+        logging.WARNING if asked_in_vain else logging.INFO,
+        "llmco2: predictor %s, device %s, meter %s%s",
+        provenance.predictor,
+        meter.device.name,
+        provenance.meter,
+        reason,
     )
     return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 
+from llmco2_vllm.core.attribution import Attributor
+from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import EngineTotals
 from llmco2_vllm.telemetry.metrics import JOULE_BUCKETS, METRICS, Identity, Recorder
 
@@ -91,14 +94,69 @@ def test_buckets_run_from_a_tenth_of_a_joule_to_a_hundred_kilojoules() -> None:
     assert list(JOULE_BUCKETS) == sorted(JOULE_BUCKETS)
 
 
+def metered(**values: float) -> dict[str, Any]:
+    """What an engine with a meter adds to its snapshot."""
+    state = Metering(Attributor([50.0]), deque()).state()
+    return {**state, "bias_ratio": {"decode": 0.1}, "reports": [[1, "decode", 0.1], [2, "mixed", -0.2]], **values}
+
+
 def test_every_metric_of_the_table_is_fed() -> None:
     recorder, registry = make()
-    recorder.engine(snapshot(failures={"schedule": 1}, steps=3), 0.1)
+    device = {"source": "counter", "power_watts": 300.0, "faults": {"device lost": 1}}
+    meter = {"devices": [device]}
+    recorder.engine(snapshot(failures={"schedule": 1}, steps=3, metered=metered(), meter=meter), 0.1)
     recorder.request_finished(0, 3.0)
     recorder.intensity(56.0, "FR", "settings", "average")
     text = generate_latest(registry).decode()
     for name in METRICS:
         assert re.search(rf"^{name}(_sum)?{{", text, re.MULTILINE), name
+
+
+def test_without_a_meter_no_measured_family_has_a_value() -> None:
+    recorder, registry = make()
+    recorder.engine(snapshot(decode_joules=3.0), 0.1)
+    text = generate_latest(registry).decode()
+    assert not re.search(
+        r"^llmco2_(energy|metered|idle|carbon|power|meter|window|unattributed)\w*{", text, re.MULTILINE
+    )
+
+
+def test_each_report_is_counted_once_however_often_it_is_told() -> None:
+    recorder, registry = make()
+    for _ in range(3):
+        recorder.engine(snapshot(metered=metered()), 0.1)
+    labels = {"model_name": "a model", "engine": "0", "phase_mix": "mixed"}
+    assert registry.get_sample_value("llmco2_window_error_ratio_count", labels) == 1
+
+
+@given(st.lists(st.tuples(*[st.floats(0, 1e6)] * 4), min_size=1, max_size=8))
+def test_measured_families_add_up_to_the_counter(parts: list[tuple[float, ...]]) -> None:
+    recorder, registry = make()
+    sums = [0.0] * 4
+    for part in parts:
+        sums = [x + y for x, y in zip(sums, part, strict=True)]
+        prefill, decode, idle, sleeping = sums
+        told = metered(
+            prefill_joules=prefill, decode_joules=decode, idle_joules=idle, sleeping_joules=sleeping,
+            metered_joules=sum(sums),
+        )  # fmt: skip
+        recorder.engine(snapshot(metered=told), 0.1)
+    values = [
+        sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name in ("llmco2_energy_joules_total", "llmco2_idle_energy_joules_total")
+    ]
+    whole = registry.get_sample_value("llmco2_metered_energy_joules_total", {"model_name": "a model", "engine": "0"})
+    assert sum(values) == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_meter_that_lost_a_device_is_down() -> None:
+    recorder, registry = make()
+    for source, up in (("counter", 1.0), ("none", 0.0), ("power", 1.0)):
+        devices = [{"source": "counter"}, {"source": source}]
+        recorder.engine(snapshot(metered=metered(), meter={"devices": devices}), 0.1)
+        assert registry.get_sample_value("llmco2_meter_up", {"model_name": "a model", "engine": "0"}) == up
 
 
 def test_a_second_engine_in_one_process_goes_on_in_the_same_metrics() -> None:

@@ -4,18 +4,57 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from pathlib import Path
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
 
 from llmco2_vllm.config import Settings
+from llmco2_vllm.core.metering import MeterWindow
+from llmco2_vllm.meters.discover import Discovery
 from llmco2_vllm.vllm_plugin import flags, frontend
 from llmco2_vllm.vllm_plugin.middleware import CarbonMiddleware, Message, Receive, Scope, Send
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.asgi import body_messages, body_of, read_stream, scope, start
 from tests.vllm_plugin.harness import Engine, Server, make_core_request
+
+
+
+class EagerWindows(deque[MeterWindow]):
+    """A meter that is read whenever somebody looks: a window ends at each look, at 100 W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._begin = monotonic()
+        self._offered = False
+
+    def __bool__(self) -> bool:
+        now = monotonic()
+        if not len(self) and not self._offered and now > self._begin:
+            self.append(MeterWindow(0, self._begin, now, 100.0 * (now - self._begin)))
+            self._begin = now
+        self._offered = len(self) > 0
+        return self._offered
+
+
+class EagerSampler:
+    """In place of the thread that reads a meter, so that a test's few milliseconds hold many windows."""
+
+    def __init__(self) -> None:
+        self.windows = EagerWindows()
+
+    def state(self) -> dict[str, Any]:
+        """One device."""
+        return {"devices": [{"scope": "gpu"}]}
+
+
+def open_eager_meter(*arguments: Any) -> Discovery:
+    """In place of ``open_meter``."""
+    return Discovery(EagerSampler(), "eager", None)  # type: ignore[arg-type]
+
 
 SETTINGS = Settings(intensity=100.0, node_overhead=0.1, pue=1.2, headers=True, switch=True)
 # One answer per path: its requests, and whether it streams. Together they prefill in chunks, mix phases, decode
