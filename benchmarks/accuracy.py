@@ -118,7 +118,7 @@ def _older_devices(observations: Sequence[Observation]) -> Split:
         if o.source == OLDER and o.device.name == "h100-sxm" and o.step_energy_joules is not None
     ]  # fmt: skip
     fold = Fold("others -> h100-sxm", (), tuple(held))
-    return Split(OLDER_SPLIT, (with_more(fold, observations, range(len(observations)), device),), architecture, True)
+    return Split(OLDER_SPLIT, (with_more(fold, observations, range(len(observations)), device),), configuration, True)
 
 
 def _splits_of_rows(observations: Sequence[Observation]) -> list[tuple[Split, Split]]:
@@ -131,8 +131,9 @@ def _splits_of_rows(observations: Sequence[Observation]) -> list[tuple[Split, Sp
     return [
         (Split(names[0], tuple(folds), architecture), Split(names[0], (unseen,), architecture)),
         (
-            Split(names[1], _within(pairs, settings.train, settings.train), architecture, True),
-            Split(names[1], _within(pairs, settings.train, settings.test), architecture, True),
+            # What is new is the device; the architectures were seen on another one.
+            Split(names[1], _within(pairs, settings.train, settings.train), configuration, True),
+            Split(names[1], _within(pairs, settings.train, settings.test), configuration, True),
         ),
         (Split(names[2], tuple(parts), configuration), Split(names[2], (settings,), configuration)),
     ]
@@ -216,9 +217,9 @@ def _order(name: str) -> tuple[int, str]:
     return (int(first), name) if first.isdigit() else (0, name)
 
 
-def run(data: Data, recipe: Recipe, progress: Progress) -> dict[str, tuple[Part, ...]]:
+def run(data: Data, recipe: Recipe, progress: Progress, only: Sequence[str] = ()) -> dict[str, tuple[Part, ...]]:
     """(cross-validated, untouched) by split."""
-    every = splits_of(data)
+    every = [pair for pair in splits_of(data) if not only or pair[0].name in only]
     fits = sum(split.fits for pair in every for split in pair)
     bar = progress.add_task("", total=fits * recipe.steps)
     found = {}

@@ -207,10 +207,19 @@ class KernelGraphNetwork(nn.Module):  # type: ignore[misc]  # torch is not follo
         return self.fitted[name] + offsets * known.reshape(-1, *[1] * (offsets.dim() - 1))
 
     def forget(self, rows: Sequence[int]) -> None:
-        """Take back the offsets of devices that no observation showed."""
+        """Take back the offsets of devices that no observation showed.
+
+        An older engine on such a device is taken to differ from today's as that engine does on the devices it was
+        seen on.
+        """
+        seen = {row: name.partition("@")[2] for row, name in enumerate(self.devices) if row not in rows}
         with torch.no_grad():
             for name in _BY_DEVICE:
-                self.fitted[f"{name}_offset"][list(rows)] = 0.0
+                offsets = self.fitted[f"{name}_offset"]
+                for row in rows:
+                    era = self.devices[row].partition("@")[2]
+                    alike = [other for other, its in seen.items() if era and its == era]
+                    offsets[row] = offsets[alike].mean(0) if alike else 0.0
 
     def prior_penalty(self) -> Tensor:
         """Sum of squared deviations from the priors, in standard deviations."""

@@ -109,7 +109,7 @@ def test_every_metric_of_the_table_is_fed() -> None:
     recorder.intensity(56.0, "FR", "settings", "average")
     text = generate_latest(registry).decode()
     for name in METRICS:
-        assert re.search(rf"^{name}(_sum)?{{", text, re.MULTILINE), name
+        assert re.search(rf"^{name}(_sum|_bucket)?{{", text, re.MULTILINE), name
 
 
 def test_without_a_meter_no_measured_family_has_a_value() -> None:
