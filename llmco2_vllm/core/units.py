@@ -58,6 +58,7 @@ _UNITS = {
     "g": ("mass", 1.0),
     "kg": ("mass", GRAMS_PER_KILOGRAM),
     "t": ("mass", 1e6),
+    "lb": ("mass", 453.59237),  # avoirdupois pound, exact since 1959
     "J": ("energy", 1.0),
     "kWh": ("energy", JOULES_PER_KWH),
     "MWh": ("energy", 1e3 * JOULES_PER_KWH),

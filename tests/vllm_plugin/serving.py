@@ -22,7 +22,6 @@ from tests.vllm_plugin.asgi import body_messages, body_of, read_stream, scope, s
 from tests.vllm_plugin.harness import Engine, Server, make_core_request
 
 
-
 class EagerWindows(deque[MeterWindow]):
     """A meter that is read whenever somebody looks: a window ends at each look, at 100 W."""
 

@@ -1,0 +1,124 @@
+"""What a meter said of a request: exact on the wire, and a figure that lies between the prediction and the truth."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmco2_vllm.core.ledgers import RequestCharge
+from llmco2_vllm.core.settlement import Account, Settlement
+from llmco2_vllm.telemetry.accounting import Accounting
+from llmco2_vllm.telemetry.annotation import annotate
+from llmco2_vllm.telemetry.ledger import Ledger, Provenance, RequestLedger
+from llmco2_vllm.telemetry.metered import (
+    Metered,
+    decode_metered,
+    encode_metered,
+    figure,
+    metered_of,
+    total_figure,
+)
+
+joules = st.floats(0, 1e6)
+records = st.builds(
+    Metered,
+    st.booleans(), st.integers(0, 10**6), st.floats(0, 1e6), joules, joules, joules, joules, joules, joules, joules,
+    st.floats(0.01, 100),
+)  # fmt: skip
+LEDGER = Ledger(0, True, True, 10.0, 30.0, 30.0, 60.0, 100, 50, 0, 0, 0, 50)
+WORLD = Accounting.from_values(None, None, None, None)
+
+
+def record(steps: int = 50, covered: float = 50.0, share: float = 1.0, final: bool = True) -> Metered:
+    """Half as much again as predicted, of ``share`` of the request."""
+    return Metered(
+        final, steps, covered, 15.0 * share, 45.0 * share, 3.0 * share, 10.0 * share, 30.0 * share, 0.0, 0.0, 1.5
+    )
+
+
+def request(metered: Metered | None) -> RequestLedger:
+    return RequestLedger(LEDGER, Provenance("gnn/2-h100", "nvml"), complete=True, finished=True, metered=metered)
+
+
+def described(*metered: Metered | None) -> dict[str, object]:
+    annotation = annotate([request(item) for item in metered], WORLD)
+    assert annotation is not None
+    return dict(json.loads(annotation.json_text()))
+
+
+@given(records)
+def test_a_record_survives_the_wire_to_nine_digits(item: Metered) -> None:
+    back = decode_metered(encode_metered(item))
+    assert back[:2] == item[:2]
+    assert back[2:] == pytest.approx(item[2:], rel=1e-8)
+
+
+@pytest.mark.parametrize("text", ["", "2,1,1", "1,1,1,1", "1," + ",".join("x" * 11)])
+def test_a_record_of_another_version_or_shape_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        decode_metered(text)
+
+
+def test_a_final_record_is_the_figure() -> None:
+    found = figure(LEDGER, record())
+    assert (found.prefill_joules, found.decode_joules, found.half_width_joules) == (15.0, 45.0, 3.0)
+    assert found.coverage_ratio == 1.0
+
+
+@given(st.floats(0, 1))
+def test_open_steps_are_predicted_at_the_recent_ratio(share: float) -> None:
+    found = figure(LEDGER, record(steps=int(50 * share), covered=50 * share, share=share, final=False))
+    # What is open was predicted by the same half too low, so the sum does not hang on how much is open.
+    assert found.energy_joules == pytest.approx(60.0)
+    assert found.coverage_ratio == pytest.approx(share)
+    # The prediction's interval is the wider one: the less is measured, the wider the whole.
+    assert found.half_width_joules == pytest.approx(3.0 * share + (1 - share) * 60.0 * 0.5)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=5))
+def test_several_engine_requests_add_up(parts: list[tuple[float, bool]]) -> None:
+    items = [(LEDGER, record(50, 50 * share, share, final)) for share, final in parts]
+    found = total_figure(items)
+    assert found is not None
+    assert found.energy_joules == pytest.approx(sum(figure(*item).energy_joules for item in items))
+    assert 0.0 <= found.coverage_ratio <= 1.0
+
+
+def test_one_request_without_a_meter_leaves_the_sum_unknown() -> None:
+    assert total_figure([(LEDGER, record()), (LEDGER, None)]) is None
+    assert total_figure([]) is None
+
+
+def test_a_covered_request_is_measured_and_its_grams_rest_on_that() -> None:
+    carbon = described(record())
+    assert (carbon["basis"], carbon["coverage_ratio"], carbon["meter"]) == ("measured", 1.0, "nvml")
+    energy, grams = carbon["energy_joules"], carbon["carbon_grams"]
+    assert isinstance(energy, dict) and isinstance(grams, dict)
+    assert (energy["value"], energy["prefill"], energy["decode"]) == (60.0, 15.0, 45.0)
+    assert (energy["lower"], energy["upper"]) == (57.0, 63.0)
+    assert grams["operational"] == pytest.approx(WORLD.operational_grams(60.0), rel=1e-5)
+    assert carbon["estimate"]["energy_joules"] == 40.0  # type: ignore[index]
+
+
+def test_a_request_with_open_steps_is_mixed() -> None:
+    carbon = described(record(25, 25.0, 0.5, final=False))
+    assert (carbon["basis"], carbon["coverage_ratio"]) == ("mixed", 0.5)
+
+
+def test_a_request_no_window_covers_is_a_prediction_and_claims_no_measurement() -> None:
+    for metered in (None, record(0, 0.0, 0.0, final=False), record(50, 0.0)):
+        carbon = described(metered)
+        assert carbon["basis"] == "predicted"
+        assert "energy_joules" not in carbon and "coverage_ratio" not in carbon
+
+
+def test_a_charge_without_a_meter_has_no_record() -> None:
+    settlement = Settlement(deque())
+    charge = RequestCharge(0, 4, 4)
+    assert metered_of(charge, settlement, 1.0) is None
+    charge.account = Account()
+    assert metered_of(charge, settlement, 1.0) == Metered(False, 0, 0.0, *[0.0] * 7, 1.0)
