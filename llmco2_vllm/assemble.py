@@ -15,7 +15,7 @@ from llmco2_vllm.core.attribution import Attributor, WindowAccount
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, detect_host, device_by_name
 from llmco2_vllm.core.model import ModelSpec
-from llmco2_vllm.metering import Metering
+from llmco2_vllm.metering import HostEnergy, Metering
 from llmco2_vllm.meters.activity import EngineActivity
 from llmco2_vllm.meters.discover import Discovery, Search, open_meter
 from llmco2_vllm.monitor import StepMonitor
@@ -108,10 +108,12 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     count = len(found.sampler.state()["devices"]) or deployment.topology.engine_devices
     attributor = Attributor([device.idle_power_watts] * count)
     metering = Metering(attributor, found.sampler.windows, listener)
-    return Meter(
-        StepMonitor(predictor, metering=metering), device, found.name, found.reason or "",
-        {"meter": found.sampler.state, **({} if listener.feed is None else {"samples": listener.feed.state})},
-    )  # fmt: skip
+    states: dict[str, Callable[[], Any]] = {"meter": found.sampler.state}
+    if listener.feed is not None:
+        states["samples"] = listener.feed.state
+    if found.name != "rapl" and settings.node_overhead is None and (host := open_meter("rapl")).sampler is not None:
+        states["host"] = HostEnergy(host.sampler.windows, host.name).state
+    return Meter(StepMonitor(predictor, metering=metering), device, found.name, found.reason or "", states)
 
 
 @dataclass(frozen=True)

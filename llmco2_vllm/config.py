@@ -46,7 +46,11 @@ class Settings(BaseModel):
     )
     node_overhead: Annotated[float, Field(ge=0, le=5)] | None = Field(
         None,
-        description="Energy of the rest of the node as a fraction of device energy, 0 to 5; without it not counted",
+        description="CPUs and memory of the node as a fraction of device energy, 0 to 5; without it as RAPL measures",
+    )
+    auxiliary: Annotated[float, Field(ge=0, le=5)] | None = Field(
+        None,
+        description="Fans, network and losses as a fraction of the energy of devices and host, 0 to 5",
     )
     predictor: Annotated[str, Field(min_length=1)] = Field(
         "gnn", description="gnn (on CPUs: roofline), roofline, or the path of a predictor bundle"

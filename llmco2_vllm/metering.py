@@ -41,6 +41,25 @@ class Deaf:
         """Not heard."""
 
 
+class HostEnergy:
+    """Energy of CPUs and memory beside the devices, by a meter of its own; every engine of a host sees the same."""
+
+    def __init__(self, source: deque[MeterWindow], name: str) -> None:
+        self.name = name
+        self.joules = self.unmetered_seconds = 0.0
+        self._source = source
+
+    def state(self) -> dict[str, Any]:
+        """Cumulative since start; plain JSON values."""
+        while self._source:
+            window = self._source.popleft()
+            if window.energy_joules is None:
+                self.unmetered_seconds += window.duration_seconds
+            else:
+                self.joules += window.energy_joules
+        return {"joules": self.joules, "unmetered_seconds": self.unmetered_seconds, "source": self.name}
+
+
 class Metering:
     """Takes windows from ``source`` (appended by another thread), accounts for them and settles the journal."""
 

@@ -26,6 +26,7 @@ IMPOSSIBLE = {
     "pue": 0.9,
     "device": "",
     "node_overhead": -0.1,
+    "auxiliary": 6,
     "predictor": "no/such/file.json",
     "calibration": "no/such/file.json",
     "meter": "wattmeter",

@@ -14,7 +14,7 @@ from llmco2_vllm.core.attribution import Activity, Attributor, Step, WindowAccou
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.metering import Doubt, MeterWindow
 from llmco2_vllm.core.settlement import Paid
-from llmco2_vllm.metering import Metering
+from llmco2_vllm.metering import HostEnergy, Metering
 from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.testing import ConstantPredictor, FakeClock
 
@@ -357,3 +357,11 @@ def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
     totals = engine.metering.attributor.totals
     assert abs(totals.residual_joules) < 1e-9 * totals.metered_joules
     assert engine.charges[0].account is not None and engine.charges[0].account.measured_joules > 0
+
+
+def test_the_host_is_counted_apart_and_what_its_meter_does_not_know_is_not_zero() -> None:
+    windows = deque([MeterWindow(0, 0.0, 1.0, 40.0), MeterWindow(0, 1.0, 3.0, None, 0.0, Doubt.LOST)])
+    host = HostEnergy(windows, "rapl")
+    assert host.state() == {"joules": 40.0, "unmetered_seconds": 2.0, "source": "rapl"}
+    windows.append(MeterWindow(0, 3.0, 4.0, 2.0))
+    assert host.state()["joules"] == 42.0 and not windows

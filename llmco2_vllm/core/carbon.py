@@ -6,11 +6,19 @@ from llmco2_vllm.core.units import joules_to_kwh
 
 
 def host_joules(device_joules: float, node_overhead_ratio: float) -> float:
-    """Energy of the rest of the node in joules, as a fixed fraction of the energy of its devices.
+    """Energy of CPUs and memory of the node in joules, as a fraction of the energy of its devices.
 
-    Source: the definition of the setting ``node_overhead``; a stand-in where the host has no meter.
+    Source: the definition of the setting ``node_overhead``, or measured: RAPL over NVML since the start.
     """
     return device_joules * node_overhead_ratio
+
+
+def node_joules(device_joules: float, node_overhead_ratio: float, auxiliary_ratio: float) -> float:
+    """IT energy of the node: devices, host, and fans, network and losses as a fraction of both.
+
+    Source: the definitions of the settings ``node_overhead`` and ``auxiliary``. The site's overhead is PUE, apart.
+    """
+    return (device_joules + host_joules(device_joules, node_overhead_ratio)) * (1.0 + auxiliary_ratio)
 
 
 def operational_grams(energy_joules: float, grams_per_kwh: float, pue: float = 1.0) -> float:

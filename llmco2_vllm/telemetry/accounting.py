@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmco2_vllm.core.carbon import host_joules, operational_grams
+from llmco2_vllm.core.carbon import node_joules, operational_grams
 
 WORLD_AVERAGE_GRAMS_PER_KWH = 475.0
 """World average of electricity, as CodeCarbon and Alumet use it (IEA, Global Energy & CO2 Status Report 2019,
@@ -21,7 +21,9 @@ class Accounting:
     source: where the intensity comes from.
     estimated: the intensity is a stand-in, not stated for this site.
     pue: power usage effectiveness; None when not set (then 1.0 is used: the IT load alone).
-    node_overhead_ratio: energy of the rest of the node per joule of device; None when not counted.
+    node_overhead_ratio: energy of the host's CPUs and memory per joule of device; None when not counted.
+    node_overhead_source: where that comes from: settings, or the meter that measured it.
+    auxiliary_ratio: fans, network and losses per joule of devices and host; None when not counted.
     """
 
     grams_per_kwh: float
@@ -30,19 +32,33 @@ class Accounting:
     estimated: bool
     pue: float | None = None
     node_overhead_ratio: float | None = None
+    node_overhead_source: str | None = None
+    auxiliary_ratio: float | None = None
     method: Literal["average"] = "average"
     basis: Literal["location"] = "location"
 
     @classmethod
     def from_values(
-        cls, zone: str | None, intensity: float | None, pue: float | None, node_overhead: float | None
+        cls,
+        zone: str | None,
+        intensity: float | None,
+        pue: float | None,
+        node_overhead: float | None,
+        auxiliary: float | None = None,
     ) -> Accounting:
         """Accounting of the settings of the same names; without an intensity the world average, marked estimated."""
+        node = (pue, node_overhead, None if node_overhead is None else "settings", auxiliary)
         if intensity is None:
-            return cls(WORLD_AVERAGE_GRAMS_PER_KWH, "WORLD", "default:world-average", True, pue, node_overhead)
-        return cls(intensity, zone, "settings", False, pue, node_overhead)
+            return cls(WORLD_AVERAGE_GRAMS_PER_KWH, "WORLD", "default:world-average", True, *node)
+        return cls(intensity, zone, "settings", False, *node)
+
+    def with_host_measured(self, host_joules: float, device_joules: float, source: str) -> Accounting:
+        """The same with the host's energy as measured beside that of the devices, unless the settings state it."""
+        if self.node_overhead_source == "settings" or device_joules <= 0.0:
+            return self
+        return replace(self, node_overhead_ratio=host_joules / device_joules, node_overhead_source=source)
 
     def operational_grams(self, device_joules: float) -> float:
-        """Grams CO2e of using ``device_joules``; node overhead and PUE are applied here and nowhere else."""
-        joules = device_joules + host_joules(device_joules, self.node_overhead_ratio or 0.0)
+        """Grams CO2e of using ``device_joules``; what the node and the site add is added here and nowhere else."""
+        joules = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
         return operational_grams(joules, self.grams_per_kwh, 1.0 if self.pue is None else self.pue)

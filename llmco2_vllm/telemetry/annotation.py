@@ -90,6 +90,14 @@ class Intensity(_Part):
     estimated: bool = Field(description="The value is a stand-in, not one stated for this site")
 
 
+class NodeOverhead(_Part):
+    """What the rest of the node takes, counted in carbon_grams."""
+
+    host_ratio: Number | SkipJsonSchema[None] = _optional("CPUs and memory, per joule of the devices")
+    host_source: str | SkipJsonSchema[None] = _optional("settings, or the meter that measured it (rapl)")
+    auxiliary_ratio: Number | SkipJsonSchema[None] = _optional("Fans, network, losses, per joule of devices and host")
+
+
 class Tokens(_Part):
     """Tokens the figures cover."""
 
@@ -112,6 +120,7 @@ class Annotation(_Part):
     carbon_grams: CarbonGrams
     intensity: Intensity
     pue: Number | SkipJsonSchema[None] = _optional("Power usage effectiveness of the site; absent: the IT load alone")
+    node_overhead: NodeOverhead | SkipJsonSchema[None] = _optional("Rest of the node; absent: devices alone")
     tokens: Tokens
     meter: str = Field(description="Meter in place, none without one")
     meter_reason: str | SkipJsonSchema[None] = _optional("Why there is no meter")
@@ -150,6 +159,7 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
         "carbon_grams": _carbon_grams(ledger, metered, accounting),
         "intensity": intensity_document(accounting),
         "pue": accounting.pue,
+        "node_overhead": _node_overhead(accounting),
         "tokens": _tokens(ledger),
         "meter": _names(source.meter for source in sources),
         "meter_reason": _names(source.meter_reason for source in sources) or None,
@@ -205,6 +215,16 @@ def _carbon_grams(ledger: Ledger, metered: Figure | None, accounting: Accounting
         joules = (value, max(0.0, value - width), value + width)
     grams = map(accounting.operational_grams, joules)
     return dict(zip(("operational", "lower", "upper"), grams, strict=True))
+
+
+def _node_overhead(accounting: Accounting) -> dict[str, float | str | None] | None:
+    if accounting.node_overhead_ratio is None and accounting.auxiliary_ratio is None:
+        return None
+    return {
+        "host_ratio": accounting.node_overhead_ratio,
+        "host_source": accounting.node_overhead_source,
+        "auxiliary_ratio": accounting.auxiliary_ratio,
+    }
 
 
 def _tokens(ledger: Ledger) -> dict[str, int | None]:

@@ -57,17 +57,20 @@ class Figure(NamedTuple):
         return self.prefill_joules + self.decode_joules
 
 
-def metered_of(charge: RequestCharge, settlement: Settlement, recent_ratio: float) -> Metered | None:
-    """The record of a charge now; None without a meter."""
+def metered_of(
+    charge: RequestCharge, settlement: Settlement, recent_ratio: float, reported_ratio: float = 1.0
+) -> Metered | None:
+    """The record of a charge now; None without a meter.
+
+    reported_ratio: share of its energy that its client is told of; the rest is aborted energy, as of the step that
+    ran after a stop string.
+    """
     account = charge.account
     if account is None:
         return None
     account.settle(settlement.now)
     prefill, decode = account.prefill, account.decode
-    return Metered(
-        account.final,
-        account.steps,
-        account.covered_steps,
+    joules = (
         prefill[0] + prefill[1],
         decode[0] + decode[1],
         prefill[2] + decode[2],
@@ -75,8 +78,9 @@ def metered_of(charge: RequestCharge, settlement: Settlement, recent_ratio: floa
         decode[3],
         account.recomputed_joules,
         account.rejected_draft_joules,
-        recent_ratio,
     )
+    reported = (reported_ratio * value for value in joules)
+    return Metered(account.final, account.steps, account.covered_steps, *reported, recent_ratio)
 
 
 def encode_metered(record: Metered) -> str:

@@ -46,7 +46,7 @@ class CarbonFrontEnd:
         self.host_version = compat.host_version()
         self.guard = Guard("front end", self.host_version)
         self.accounting = Accounting.from_values(
-            settings.zone, settings.intensity, settings.pue, settings.node_overhead
+            settings.zone, settings.intensity, settings.pue, settings.node_overhead, settings.auxiliary
         )
         self.log = RequestLog(_request_log_path())
         self.self_check = compat.self_check()
@@ -214,7 +214,16 @@ class CarbonFrontEnd:
         found = [snapshot for answer in answers if (snapshot := json.loads(answer))]
         for snapshot in found:
             self._late.settle(snapshot.pop("settled", {}))
+        self._count_host(found)
         return found
+
+    def _count_host(self, snapshots: Sequence[dict[str, Any]]) -> None:
+        """What the host took beside the devices; every engine of a host reads the same counter."""
+        hosts = [snapshot["host"] for snapshot in snapshots if "host" in snapshot]
+        if hosts:
+            devices = sum(snapshot["metered"]["metered_joules"] for snapshot in snapshots if "metered" in snapshot)
+            joules = max(host["joules"] for host in hosts)
+            self.accounting = self.accounting.with_host_measured(joules, devices, hosts[0]["source"])
 
     async def refresh_metrics(self) -> None:
         """Pull now, before a scrape."""
@@ -241,7 +250,9 @@ class CarbonFrontEnd:
             "zone": self.settings.zone,
             "intensity": intensity_document(self.accounting),
             "pue": self.settings.pue,
-            "node_overhead": self.settings.node_overhead,
+            "node_overhead": self.accounting.node_overhead_ratio,
+            "node_overhead_source": self.accounting.node_overhead_source,
+            "auxiliary": self.settings.auxiliary,
             "front_end": {"active": self.guard.active, "failures": dict(self.guard.failures)},
             "self_check": self.self_check,
             "engines": engines,

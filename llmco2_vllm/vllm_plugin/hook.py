@@ -47,8 +47,9 @@ class EngineHook:
         # of those that are gone here, and what the front end counted of those still here.
         self._ended: dict[str, RequestCharge] = {}
         self._counted: dict[str, float] = {}
-        # Requests that are gone, until the meter has covered their last step and the front end has asked.
-        self._late: dict[str, RequestCharge] = {}
+        # Requests that are gone and the share of their energy that was reported, until the meter has covered their
+        # last step and the front end has asked.
+        self._late: dict[str, tuple[RequestCharge, float]] = {}
         self._cursor = 0
 
     # -- schedule() -----------------------------------------------------------------------
@@ -152,9 +153,11 @@ class EngineHook:
         if (metered := self._metered(charge)) is not None:
             _add_header(output, METERED_KEY, encode_metered(metered))
 
-    def _metered(self, charge: RequestCharge) -> Metered | None:
+    def _metered(self, charge: RequestCharge, reported_ratio: float = 1.0) -> Metered | None:
         metering = self.monitor.metering
-        return None if metering is None else metered_of(charge, metering.settlement, metering.attributor.recent_ratio)
+        if metering is None:
+            return None
+        return metered_of(charge, metering.settlement, metering.attributor.recent_ratio, reported_ratio)
 
     # -- the request's life ---------------------------------------------------------------
 
@@ -173,18 +176,15 @@ class EngineHook:
         if charge is None:
             return
         if self.monitor.metering is not None:
-            self._late[request_id] = charge
-            if len(self._late) > MOST_UNDECIDED:
-                del self._late[next(iter(self._late))]
             self.monitor.metering.working(bool(self.monitor.book.open))
         if counted is not None:
-            self.monitor.conclude(charge, counted)
+            self._conclude(request_id, charge, counted)
         elif undecided:
             self._ended[request_id] = charge
             if len(self._ended) > MOST_UNDECIDED:
                 self._decide(next(iter(self._ended)), 0.0)
         else:
-            self.monitor.conclude(charge, 0.0 if aborted else charge.energy_joules)
+            self._conclude(request_id, charge, 0.0 if aborted else charge.energy_joules)
         if not stranger:
             self._parked[request_id] = charge
 
@@ -197,7 +197,14 @@ class EngineHook:
                 self._counted[request_id] = joules
 
     def _decide(self, request_id: str, joules: float) -> None:
-        self.monitor.conclude(self._ended.pop(request_id), joules)
+        self._conclude(request_id, self._ended.pop(request_id), joules)
+
+    def _conclude(self, request_id: str, charge: RequestCharge, joules: float) -> None:
+        self.monitor.conclude(charge, joules)
+        if self.monitor.metering is not None and joules > 0.0:
+            self._late[request_id] = charge, joules / charge.energy_joules
+            if len(self._late) > MOST_UNDECIDED:
+                del self._late[next(iter(self._late))]
 
     def preempted(self, request: Any) -> None:
         """The scheduler takes a running request's KV cache away; it will replay its tokens."""
@@ -219,8 +226,8 @@ class EngineHook:
         """The final records of those of these requests that no further window can change; each is told once."""
         found = {}
         for request_id in request_ids:
-            charge = self._late.get(request_id)
-            if charge is not None and (record := self._metered(charge)) is not None and record.final:
+            late = self._late.get(request_id)
+            if late is not None and (record := self._metered(*late)) is not None and record.final:
                 found[request_id] = encode_metered(record)
                 del self._late[request_id]
         return found

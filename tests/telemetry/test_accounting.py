@@ -1,5 +1,6 @@
 """Accounting: what is stated is used, what is not is a marked stand-in or left open."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,3 +27,18 @@ def test_a_stated_intensity_is_taken_as_it_is(
 
 def test_an_intensity_of_zero_is_stated_and_not_missing() -> None:
     assert Accounting.from_values("NO", 0.0, None, None).source == "settings"
+
+
+@given(st.floats(0, 1e6), st.floats(0, 5), st.floats(0, 5), st.floats(1, 5))
+def test_host_auxiliaries_and_site_are_each_counted_once(joules: float, host: float, more: float, pue: float) -> None:
+    plain = Accounting.from_values("FR", 100.0, None, None).operational_grams(joules)
+    whole = Accounting.from_values("FR", 100.0, pue, host, more).operational_grams(joules)
+    assert whole == pytest.approx(plain * (1 + host) * (1 + more) * pue)
+
+
+def test_a_measured_host_takes_the_place_of_nothing_stated_and_of_no_setting() -> None:
+    silent, stated = Accounting.from_values("FR", 56, None, None), Accounting.from_values("FR", 56, None, 0.2)
+    found = silent.with_host_measured(30.0, 300.0, "rapl")
+    assert (found.node_overhead_ratio, found.node_overhead_source) == (0.1, "rapl")
+    assert stated.with_host_measured(30.0, 300.0, "rapl") is stated
+    assert silent.with_host_measured(30.0, 0.0, "rapl") is silent

@@ -51,11 +51,11 @@ class EagerSampler:
 
 
 def open_eager_meter(*arguments: Any) -> Discovery:
-    """In place of ``open_meter``."""
+    """In place of ``open_meter``, for the devices and for the host."""
     return Discovery(EagerSampler(), "eager", None)  # type: ignore[arg-type]
 
 
-SETTINGS = Settings(intensity=100.0, node_overhead=0.1, pue=1.2, headers=True, switch=True)
+SETTINGS = Settings(intensity=100.0, auxiliary=0.1, pue=1.2, headers=True, switch=True)
 # One answer per path: its requests, and whether it streams. Together they prefill in chunks, mix phases, decode
 # steadily, preempt each other, sample in parallel and end by a stop string.
 ANSWERS: dict[str, tuple[bool, list[dict[str, Any]]]] = {
