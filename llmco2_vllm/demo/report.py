@@ -15,6 +15,7 @@ from llmco2_vllm.demo.requests import ABORTED, Answer
 from llmco2_vllm.demo.weights import ORIGIN
 
 COLUMNS = ("request", "prefill tokens", "cached", "decode tokens", "prefill J", "decode J", "J", "90 % interval J")
+MEASURED = "measured J (covered)"
 GRAMS = "g CO2e"
 
 
@@ -24,9 +25,19 @@ def request_table(answers: Sequence[Answer]) -> Table:
     table = Table(title=f"Requests ({', '.join(basis)} energy)", title_justify="left")
     for number, column in enumerate((*COLUMNS, GRAMS)):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number in (0, 7))
+    metered = any("energy_joules" in answer.carbon for answer in answers)
+    if metered:
+        table.add_column(MEASURED, justify="right")
     for answer in answers:
-        table.add_row(answer.name, *_cells(answer))
+        table.add_row(answer.name, *_cells(answer), *([_measured(answer)] if metered else []))
     return table
+
+
+def _measured(answer: Answer) -> str:
+    """Metered joules, and how much of the request they cover; what no window covers is predicted."""
+    if "energy_joules" not in answer.carbon:
+        return "-"
+    return f"{answer.carbon['energy_joules']['value']:.3g} ({answer.carbon['coverage_ratio']:.0%})"
 
 
 def _cells(answer: Answer) -> list[str]:
@@ -44,8 +55,11 @@ def what_the_figures_are(answer: Answer) -> list[str]:
     """In words: predicted or measured, by what, and which model."""
     carbon = answer.carbon
     reason = f" ({carbon['meter_reason']})" if "meter_reason" in carbon else ""
+    basis = "predicted by {} before each step runs, not measured."
+    if "energy_joules" in carbon:
+        basis = f"predicted by {{}} before each step runs, but for those under {MEASURED!r}, which grams rest on."
     lines = [
-        f"Joules and grams above are predicted by {carbon['predictor']} before each step runs, not measured.",
+        f"Joules and grams above are {basis.format(carbon['predictor'])}",
         f"meter: {carbon['meter']}{reason}.",
     ]
     if not carbon["in_distribution"]:

@@ -65,7 +65,8 @@ def open_meter(
         return Discovery(sampler, name, f"{name} did not answer within {search.answer_seconds:g} s; still waiting")
     if sampler.name == "none":
         sampler.stop(0.0)
-        return Discovery(None, "none", f"{name}: {sampler.reason}")
+        reason = sampler.reason or ""
+        return Discovery(None, "none", reason if reason.lower().startswith(name) else f"{name}: {reason}")
     return Discovery(sampler, name, None)
 
 

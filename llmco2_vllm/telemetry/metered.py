@@ -80,7 +80,7 @@ def metered_of(
         account.rejected_draft_joules,
     )
     reported = (reported_ratio * value for value in joules)
-    return Metered(account.final, account.steps, account.covered_steps, *reported, recent_ratio)
+    return Metered._make((account.final, account.steps, account.covered_steps, *reported, recent_ratio))
 
 
 def encode_metered(record: Metered) -> str:
