@@ -7,11 +7,16 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import chdir
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from llmco2_vllm.config import Settings
+from llmco2_vllm.core.hardware import Topology, device_by_name
+from llmco2_vllm.predictor.bundle import Bundle
+from llmco2_vllm.predictor.gnn import GnnPredictor
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -40,6 +45,7 @@ def check_serve(words: list[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from llmco2_vllm.vllm_plugin import flags, register
+    from tests.predictor.test_deployment import MODEL, found, phase
 
     register()
     parser = make_arg_parser(FlexibleArgumentParser())
@@ -47,7 +53,11 @@ def check_serve(words: list[str]) -> None:
         assert any(group.title == "Carbon" for group in parser._action_groups)
         return
     arguments = parser.parse_args(["--model", words[2], *words[3:]])
-    assert flags.requested(arguments.carbon, arguments.carbon_config, None, {}) is not None
+    with TemporaryDirectory() as folder, chdir(folder):
+        # A setting names it, and it is checked before the model loads: one of the predictor that ships.
+        device = GnnPredictor(MODEL, device_by_name("h100-sxm"), Topology(), Bundle.load())
+        found(device, phase(1.1), phase(1.2)).save(Path("calibration.json"))
+        assert flags.requested(arguments.carbon, arguments.carbon_config, None, {}) is not None
 
 
 def check_pip(words: list[str]) -> None:
@@ -60,9 +70,11 @@ def check_llmco2(words: list[str]) -> None:
 
     from llmco2_vllm.cli.main import main
 
-    answer = CliRunner().invoke(main, [words[1], "--help"])
+    options = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    subcommand = words[2:3] if words[1] == "samples" and options > 2 else []
+    answer = CliRunner().invoke(main, [words[1], *subcommand, "--help"])
     assert answer.exit_code == 0, answer.output
-    assert all(option in answer.output for option in words[2:] if option.startswith("--"))
+    assert all(option in answer.output for option in words[2:] if option.startswith("-"))
 
 
 CHECKS = {
