@@ -1,13 +1,14 @@
 """Time our hook adds to each scheduler step, over vLLM's real scheduler classes.
 
-    python benchmarks/step_overhead.py [--requests 1 8 64 256 1024] [--steps 400] [--device h100-sxm] [--json]
+    python -m benchmarks.step_overhead [--requests 1 8 64 256] [--steps 400] [--device h100-sxm] [--metered] [--json]
 
 One scheduler with the hook runs steady decode, steady decode with stop strings in every request (the
 front end must know the figures at each output), then mixed steps (8 prefills join and 8 requests leave
 each step). ``added`` is the time spent inside our four hooks in a step, taken around each of them with a
 clock whose own cost is subtracted; ``scheduler`` is schedule() plus update_from_output() without them.
 The hook is the product's: predictor, ledgers, outbox. With --device the steps are priced as that GPU's, by the
-network; without it as this host's, by the Roofline.
+network; without it as this host's, by the Roofline. With --metered a window of a simulated meter ends every 100 ms, is
+split over its steps and settled, as with a GPU's counter; the sampler's own thread is not part of the step.
 """
 
 from __future__ import annotations
@@ -17,17 +18,41 @@ import json
 import logging
 import sys
 import tempfile
+from collections import deque
 from pathlib import Path
 from statistics import median
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llmco2_vllm import assemble
 from llmco2_vllm.config import Settings
+from llmco2_vllm.core.metering import MeterWindow
+from llmco2_vllm.meters.discover import Discovery
 from llmco2_vllm.vllm_plugin import register
 
 HOOKS = ("scheduled", "executed", "attach", "freed")
+TICK_SECONDS = 0.1
+
+
+class TickingMeter:
+    """In place of the sampler: a window of 100 ms at 400 W, whenever one is over."""
+
+    def __init__(self) -> None:
+        self.windows: deque[MeterWindow] = deque()
+        self._begin = monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """One device."""
+        return {"devices": [{"scope": "gpu"}]}
+
+    def tick(self) -> None:
+        """End a window if it is due."""
+        now = monotonic()
+        if now - self._begin >= TICK_SECONDS:
+            self.windows.append(MeterWindow(0, self._begin, now, 400.0 * (now - self._begin), 0.05))
+            self._begin = now
 
 
 class Stopwatch:
@@ -71,6 +96,8 @@ def measure(
     config = harness.make_config(
         folder, Settings(device=arguments.device), max_num_seqs=requests + 64, max_num_batched_tokens=32768
     )
+    meter = TickingMeter() if arguments.metered else None
+    assemble.open_meter = lambda *_: Discovery(meter, "none" if meter is None else "ticking", None)  # type: ignore
     scheduler = harness.make_scheduler(config, blocks=400_000)
     engine = harness.Engine(scheduler)
     for i in range(requests):
@@ -87,6 +114,8 @@ def measure(
             lifetime = max(requests // mixed, 2)
             scheduler.add_request(harness.make_request(f"s{step}-{i}", 128, max_tokens=lifetime))
         watch.nanoseconds = 0
+        if meter is not None:
+            meter.tick()
         begin = perf_counter_ns()
         output = scheduler.schedule()
         middle = perf_counter_ns()
@@ -105,6 +134,7 @@ def measure(
         "added_p99_us": round(percentile(added, 0.99), 1),
         "scheduler_p50_us": round(median(plain), 1),
         "ratio_p50": round(median(a / p for a, p in zip(added, plain, strict=True)), 3),
+        "windows": 0 if meter is None else scheduler.llmco2_hook.monitor.metering.attributor.totals.windows,
         "failures": dict(scheduler.llmco2_hook.guard.failures),
     }
 
@@ -115,6 +145,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--device", help="a GPU of the catalog, to price with the network")
+    parser.add_argument("--metered", action="store_true", help="with a simulated meter of 100 ms windows")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)

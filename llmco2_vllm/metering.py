@@ -19,6 +19,8 @@ from llmco2_vllm.core.settlement import Journal, Paid, Settlement
 # Steps that are settled behind one scheduler step; more arrive per window than this times the steps in it only while
 # nobody waits for them.
 STEPS_AT_ONCE = 4
+# Scheduler steps between looks without a window.
+LOOKS = 64
 
 
 class Listener(Protocol):
@@ -78,6 +80,7 @@ class Metering:
         self._listener = listener or Deaf()
         self._clock = clock
         self._settled: deque[Step] = deque()
+        self._looks = 0
         self._busy = self._asleep = False
 
     def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
@@ -93,23 +96,24 @@ class Metering:
 
     def tend(self, most: int = STEPS_AT_ONCE) -> None:
         """Account for the windows that have come, and settle at most so many steps."""
-        source, attributor = self._source, self.attributor
-        if source:
+        source, attributor, waiting = self._source, self.attributor, self._settled
+        self._looks -= 1
+        if source or self._looks <= 0:
+            # Steps are also looked for without a window, now and then: its meter may have fallen silent.
+            self._looks = LOOKS
             while source:
                 attributor.take(source.popleft())
             for account in attributor.accounts():
                 self.comparison.add(account)
                 self._listener.account(account)
-        if not self._settled:
-            self._settled.extend(attributor.settled(self._clock()))
-        count = min(most, len(self._settled))
-        if count:
-            steps = [self._settled.popleft() for _ in range(count)]
+            waiting.extend(attributor.settled(self._clock()))
+        if waiting:
+            steps = [waiting.popleft() for _ in range(min(most, len(waiting)))]
             self.settlement.advance(steps, attributor.recent_ratio)
 
     def tend_all(self) -> None:
         """The same without haste, where no step waits."""
-        self.tend(1 << 30)
+        self._looks = 0
         self.tend(1 << 30)
         self.settlement.advance((), self.attributor.recent_ratio)
 

@@ -88,8 +88,8 @@ class StepMonitor:
         self._priced: Estimate | None = None
         self._repeats = 0
         self._repeats_allowed = 0
-        # What the next steady step computes: tokens, and pairs, which grow by the tokens each step.
-        self._run_shape = BatchShape()
+        # What the run's first step computed, and its steps since.
+        self._run_shape, self._run_steps = BatchShape(), 0
 
     def _new_book(self) -> LedgerBook:
         return LedgerBook(None if self.metering is None else self.metering.journal)
@@ -136,14 +136,13 @@ class StepMonitor:
         self._repeats += 1
         if self.metering is None:
             return self._open(key, estimate)
-        shape = self._run_shape
-        decode = shape.decode
-        longer = decode._replace(pairs=decode.pairs + decode.tokens, kv_tokens=decode.kv_tokens + decode.tokens)
-        self._run_shape = BatchShape(shape.prefill, longer)
-        return self._open(key, estimate, self.metering.opened(Step(self._clock(), estimate, shape)))
+        step = Step(self._clock(), estimate, self._run_shape, self._run_steps)
+        self._run_steps += 1
+        return self._open(key, estimate, self.metering.opened(step))
 
     def _price_run(self) -> Estimate:
         self._run_shape = shape = self.book.shape([])
+        self._run_steps = 0
         self._priced = estimate = self.predictor.estimate(shape)
         tokens, pairs = shape.decode.tokens, shape.decode.pairs
         self._repeats_allowed = max(REPRICE_STEPS, int(REPRICE_RATIO * pairs / max(tokens, 1)))

@@ -53,14 +53,16 @@ class Activity(StrEnum):
 class Step:
     """One step of the schedule, open until its output is back; then what the meters said of it.
 
-    shape: what it computes. predicted_joules: of all devices, at the rates of ``estimate``, which in steady decode may
-    be that of an earlier step (docs/adr/0002). paid: what single requests were charged in it, for settlement.
+    predicted_joules: of all devices, at the rates of ``estimate``, which in steady decode may be that of an earlier
+    step (docs/adr/0002), ``later`` steps ago. paid: what single requests were charged in it, for settlement.
     measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
     half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1.
     pace_ratio: its duration over the predicted one, against the recent past.
     """
 
     __slots__ = (
+        "_later",
+        "_shape",
         "begin_seconds",
         "covered_ratio",
         "end_seconds",
@@ -72,18 +74,28 @@ class Step:
         "predicted_joules",
         "prefill_joules",
         "scheduled_seconds",
-        "shape",
     )
 
-    def __init__(self, scheduled_seconds: float, estimate: Estimate, shape: BatchShape) -> None:
+    def __init__(self, scheduled_seconds: float, estimate: Estimate, shape: BatchShape, later: int = 0) -> None:
         self.scheduled_seconds = self.begin_seconds = scheduled_seconds
         self.end_seconds = math.inf
-        self.estimate, self.shape = estimate, shape
+        self.estimate = estimate
+        self._shape, self._later = shape, later
         self.prefill_joules = estimate.prefill.joules(shape.prefill)
-        self.predicted_joules = self.prefill_joules + estimate.decode.joules(shape.decode)
+        per_pair = estimate.decode.per_pair_joules
+        decode_joules = estimate.decode.joules(shape.decode) + later * shape.decode.tokens * per_pair
+        self.predicted_joules = self.prefill_joules + decode_joules
         self.paid: Sequence[object] = ()
         self.measured_ratio = self.half_width_ratio = self.covered_ratio = 0.0
         self.pace_ratio = 1.0
+
+    @property
+    def shape(self) -> BatchShape:
+        """What the step computes: in steady decode that of a step before, with one token of context more for each."""
+        prefill, decode, encoder_tokens = self._shape
+        more = self._later * decode.tokens
+        longer = decode._replace(pairs=decode.pairs + more, kv_tokens=decode.kv_tokens + more)
+        return BatchShape(prefill, longer, encoder_tokens)
 
     def share_in(self, begin_seconds: float, end_seconds: float) -> float:
         """Share of the step's time in ``[begin, end)``; a step without length lies where it begins."""
@@ -288,10 +300,12 @@ class Attributor:
 
     def _parts(self, window: MeterWindow) -> list[StepShare]:
         found = []
+        begin, end = window.begin_seconds, window.end_seconds
         for step in self._steps:
-            if step.begin_seconds >= window.end_seconds:
+            first, last = step.begin_seconds, step.end_seconds
+            if first >= end:
                 break
-            share = step.share_in(window.begin_seconds, window.end_seconds)
+            share = 1.0 if begin <= first < last <= end else step.share_in(begin, end)
             if share > 0.0:
                 found.append(StepShare(step, share))
         return found

@@ -15,7 +15,6 @@ from typing import NamedTuple
 from llmco2_vllm.core.attribution import Step
 
 Quantities = tuple[float, float, float, float]
-_ZERO: Quantities = (0.0, 0.0, 0.0, 0.0)
 
 
 class Turn(IntEnum):
@@ -45,32 +44,52 @@ class Paid(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Running sums over settled steps, by quantity: measured, estimated, half width, predicted (joules).
+    """Running sums over settled steps at one moment.
 
-    fixed, slope, ramp: as in ``DecodeSums``. covered: steps, each by the share of it that windows covered.
+    joules: by quantity (measured, estimated, half width, predicted) the sums of a, b and b * step, as in
+    ``DecodeSums``. covered: steps, each by the share of it that windows covered.
     """
 
-    steps: int = 0
-    covered: float = 0.0
-    fixed: Quantities = _ZERO
-    slope: Quantities = _ZERO
-    ramp: Quantities = _ZERO
+    steps: int
+    covered: float
+    joules: tuple[float, ...]
 
     def since(self, begin: Sums, offset: int) -> list[float]:
         """The quantities of a request since ``begin``; its context is ``offset`` ahead of the steps."""
-        columns = zip(self.fixed, self.slope, self.ramp, begin.fixed, begin.slope, begin.ramp, strict=True)
-        return [f - f0 + offset * (s - s0) + r - r0 for f, s, r, f0, s0, r0 in columns]
+        moved = [x - y for x, y in zip(self.joules, begin.joules, strict=True)]
+        return [moved[i] + offset * moved[i + 1] + moved[i + 2] for i in range(0, len(moved), 3)]
 
-    def after(self, per_step: float, per_pair: float, step: Step, ratios: Quantities) -> Sums:
-        """One more step, at these predicted joules per request and per attended pair."""
-        ramp = per_pair * (self.steps + 1)
-        return Sums(
-            self.steps + 1,
-            self.covered + step.covered_ratio,
-            tuple(x + k * per_step for x, k in zip(self.fixed, ratios, strict=True)),  # type: ignore[arg-type]
-            tuple(x + k * per_pair for x, k in zip(self.slope, ratios, strict=True)),  # type: ignore[arg-type]
-            tuple(x + k * ramp for x, k in zip(self.ramp, ratios, strict=True)),  # type: ignore[arg-type]
-        )
+
+class _Running:
+    """The sums as they grow; plain additions in place, because they are behind every scheduler step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.covered = 0.0
+        self._joules = [0.0] * 12
+        self._moment: Sums | None = None
+
+    @property
+    def now(self) -> Sums:
+        """The sums at this moment; the same object until a step is added."""
+        if self._moment is None:
+            self._moment = Sums(self.steps, self.covered, tuple(self._joules))
+        return self._moment
+
+    def add(self, step: Step, ratios: Quantities) -> None:
+        """One more step, paid by the requests in steady decode at its predicted rates times ``ratios``."""
+        per_token, per_pair, per_sample = step.estimate.decode
+        fixed, ramp, joules = per_token + per_sample, per_pair * (self.steps + 1), self._joules
+        place = 0
+        for ratio in ratios:
+            if ratio:
+                joules[place] += ratio * fixed
+                joules[place + 1] += ratio * per_pair
+                joules[place + 2] += ratio * ramp
+            place += 3
+        self.steps += 1
+        self.covered += step.covered_ratio
+        self._moment = None
 
 
 class Account:
@@ -151,7 +170,7 @@ class Settlement:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._now = Sums()
+        self._running = _Running()
         self._decoding = 0
         self.prefill_joules = self.decode_joules = self.estimated_joules = 0.0
         self.aborted_joules = self.recomputed_joules = self.rejected_draft_joules = 0.0
@@ -159,7 +178,7 @@ class Settlement:
     @property
     def now(self) -> Sums:
         """The running sums after the last settled step."""
-        return self._now
+        return self._running.now
 
     def advance(self, settled: Iterable[Step], recent_ratio: float) -> None:
         """Charge the ``settled`` steps, which are the next ones of the journal, and take the turns between them."""
@@ -178,14 +197,14 @@ class Settlement:
 
     def _take(self, turn: Turn, account: Account, value: float) -> None:
         if turn is Turn.ENTER:
-            account.entered, account.offset = self._now, int(value) - self._now.steps
+            account.entered, account.offset = self.now, int(value) - self.now.steps
             self._decoding += 1
         elif turn is Turn.INTERRUPT:
-            account.settle(self._now)
+            account.settle(self.now)
             account.entered = None
             self._decoding -= 1
             if not self._decoding:
-                self._now = Sums()  # differences of large sums would lose digits
+                self._running = _Running()  # differences of large sums would lose digits
         elif turn is Turn.REJECT:
             self.rejected_draft_joules += account.reject(int(value))
         elif turn is Turn.LEAVE:
@@ -199,8 +218,7 @@ class Settlement:
         half_width = step.half_width_ratio + estimated * widest
         ratios = (step.measured_ratio, estimated, half_width, 1.0)
         if self._decoding:
-            per_token, per_pair, per_sample = step.estimate.decode
-            self._now = self._now.after(per_token + per_sample, per_pair, step, ratios)
+            self._running.add(step, ratios)
         for paid in step.paid:
             assert isinstance(paid, Paid)
             paid.account.pay(paid, step, ratios)
