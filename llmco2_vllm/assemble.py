@@ -103,6 +103,9 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     )
     if found.sampler is None:
         return Meter(StepMonitor(predictor), device, found.name, found.reason or "")
+    if (reason := _partial(found, deployment)) is not None:
+        found.sampler.stop(0.0)
+        return Meter(StepMonitor(predictor), device, "none", reason)
     listener = MeterListener(activity, _feed(settings, deployment, found, (model, device, predictor)))
     # A driver that is still silent has told of no device yet: then those that the engine runs on.
     count = len(found.sampler.state()["devices"]) or deployment.topology.engine_devices
@@ -114,6 +117,18 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     if found.name != "rapl" and settings.node_overhead is None and (host := open_meter("rapl")).sampler is not None:
         states["host"] = HostEnergy(host.sampler.windows, host.name).state
     return Meter(StepMonitor(predictor, metering=metering), device, found.name, found.reason or "", states)
+
+
+def _partial(found: Discovery, deployment: Deployment) -> str | None:
+    """Why a meter does not see this engine, all of it and nothing else; None when it does."""
+    metered = [] if found.sampler is None else found.sampler.state()["devices"]
+    topology = deployment.topology
+    if found.name == "rapl":
+        shared = topology.data_parallel > 1
+        return "RAPL counts the whole host, and several engines run on it" if shared else None
+    if metered and deployment.meter_devices is not None and len(metered) < topology.engine_devices:
+        return f"{found.name}: {len(metered)} of this engine's {topology.engine_devices} devices are on this host"
+    return None
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,21 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llmco2_vllm.core.attribution import Activity, Attributor, Step, WindowAccount
+from llmco2_vllm.core.attribution import Activity, Attributor, WindowAccount
 from llmco2_vllm.core.comparison import Comparison
 from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
+from llmco2_vllm.core.steps import Step
 
 # Steps that are settled behind one scheduler step; more arrive per window than this times the steps in it only while
 # nobody waits for them.
 STEPS_AT_ONCE = 4
 # Scheduler steps between looks without a window.
 LOOKS = 64
+# Windows that are split behind one scheduler step; after an hour without one there are thousands.
+WINDOWS_AT_ONCE = 64
+# Reports a snapshot tells of: five minutes.
+REPORTS_TOLD = 64
 
 
 class Listener(Protocol):
@@ -101,7 +106,7 @@ class Metering:
         if source or self._looks <= 0:
             # Steps are also looked for without a window, now and then: its meter may have fallen silent.
             self._looks = LOOKS
-            while source:
+            for _ in range(min(len(source), WINDOWS_AT_ONCE)):
                 attributor.take(source.popleft())
             for account in attributor.accounts():
                 self.comparison.add(account)
@@ -113,6 +118,8 @@ class Metering:
 
     def tend_all(self) -> None:
         """The same without haste, where no step waits."""
+        while self._source:
+            self.tend(1 << 30)
         self._looks = 0
         self.tend(1 << 30)
         self.settlement.advance((), self.attributor.recent_ratio)
@@ -134,6 +141,22 @@ class Metering:
         """The ledgers are forgotten; energy goes on being counted."""
         self.attributor.forget_open(now_seconds)
 
+    def switch(self, on: bool) -> None:
+        """The hook is turned off, or on again; in between nobody tells what the devices do."""
+        now = self._clock()
+        self.attributor.forget_open(now)
+        self.attributor.switched(Activity.AWAKE if on else Activity.UNKNOWN, now)
+        self.working(False)
+
+    @property
+    def residual_joules(self) -> float:
+        """Metered energy less what requests, idle and unattributed came to: rounding, or a fault of ours."""
+        totals, settled = self.attributor.totals, self.settlement
+        waiting = sum(step.measured_ratio * step.predicted_joules for step in self._settled)
+        requests = settled.prefill_joules + settled.decode_joules + waiting + self.attributor.unsettled_joules
+        rest = totals.idle_joules + totals.sleeping_joules + totals.unattributed_joules
+        return totals.metered_joules - requests - rest
+
     def state(self) -> dict[str, Any]:
         """Cumulative joules, learned idle power and the comparison with predictions; plain JSON values."""
         totals, settled, comparison = self.attributor.totals, self.settlement, self.comparison
@@ -145,7 +168,7 @@ class Metering:
             "idle_joules": totals.idle_joules,
             "sleeping_joules": totals.sleeping_joules,
             "unattributed_joules": totals.unattributed_joules,
-            "residual_joules": totals.residual_joules,
+            "residual_joules": self.residual_joules,
             "estimated_joules": settled.estimated_joules,
             "aborted_joules": settled.aborted_joules,
             "recomputed_joules": settled.recomputed_joules,
@@ -154,7 +177,11 @@ class Metering:
             "windows": totals.windows,
             "doubtful_windows": totals.doubtful_windows,
             "recent_ratio": self.attributor.recent_ratio,
-            "idle_power_watts": {activity.value: self.attributor.idle_power_watts(activity) for activity in Activity},
+            "idle_power_watts": {
+                activity.value: self.attributor.idle_power_watts(activity)
+                for activity in (Activity.AWAKE, Activity.SLEEPING)
+                if self.attributor.idle_power_learned(activity)
+            },
             "bias_ratio": {mix.value: bias.ratio for mix, bias in comparison.bias.items() if bias.windows},
-            "reports": [[r.number, r.mix.value, r.error_ratio] for r in comparison.reports],
+            "reports": [[r.number, r.mix.value, r.error_ratio] for r in list(comparison.reports)[-REPORTS_TOLD:]],
         }

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llmco2_vllm.core.attribution import Step
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 from llmco2_vllm.core.settlement import Paid
+from llmco2_vllm.core.steps import Step
 from llmco2_vllm.metering import Metering
 
 # A steady step is priced anew after this growth of the total context, and not before so many steps (docs/adr/0002).
@@ -237,6 +237,8 @@ class StepMonitor:
         """Forget open ledgers and tickets; the totals stay."""
         self._catch_up()
         if self.metering is not None:
+            for request_id in list(self._book.decoding):
+                self._book.interrupt(request_id)
             self.metering.reset(self._clock())
         self._book = self._new_book()
         self._priced = None

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 import llmco2_vllm
-from llmco2_vllm.core.attribution import StepShare, WindowAccount
+from llmco2_vllm.core.attribution import WindowAccount
 from llmco2_vllm.core.features import FEATURES_VERSION
 from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.core.steps import StepShare
 from llmco2_vllm.store.sample import STEP_COLUMNS, Sample
 from llmco2_vllm.store.writer import SampleStore
 

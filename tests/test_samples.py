@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llmco2_vllm.core.attribution import Activity, Step, StepShare, WindowAccount
+from llmco2_vllm.core.attribution import Activity, WindowAccount
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.core.metering import Doubt, MeterWindow
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.core.steps import Step, StepShare
 from llmco2_vllm.samples import Origin, SampleFeed, fingerprint
 from llmco2_vllm.store.reading import samples, store_path
 from llmco2_vllm.store.writer import SampleStore

@@ -17,11 +17,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
-from llmco2_vllm.core.batch import BatchShape
-from llmco2_vllm.core.estimate import Estimate
 from llmco2_vllm.core.metering import Doubt, MeterWindow
+from llmco2_vllm.core.steps import Step, StepShare
 
 # A window whose ratio differs from the recent one by more than this is not believed (start value of METERING).
 LARGEST_RATIO_CHANGE = 3.0
@@ -48,69 +46,14 @@ class Activity(StrEnum):
 
     AWAKE = "awake"
     SLEEPING = "sleeping"
+    # The hook is off, or a batch without requests runs: what the device does is not told.
+    UNKNOWN = "unknown"
 
 
-class Step:
-    """One step of the schedule, open until its output is back; then what the meters said of it.
-
-    predicted_joules: of all devices, at the rates of ``estimate``, which in steady decode may be that of an earlier
-    step (docs/adr/0002), ``later`` steps ago. paid: what single requests were charged in it, for settlement.
-    measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
-    half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1.
-    pace_ratio: its duration over the predicted one, against the recent past.
-    """
-
-    __slots__ = (
-        "_later",
-        "_shape",
-        "begin_seconds",
-        "covered_ratio",
-        "end_seconds",
-        "estimate",
-        "half_width_ratio",
-        "measured_ratio",
-        "pace_ratio",
-        "paid",
-        "predicted_joules",
-        "prefill_joules",
-        "scheduled_seconds",
-    )
-
-    def __init__(self, scheduled_seconds: float, estimate: Estimate, shape: BatchShape, later: int = 0) -> None:
-        self.scheduled_seconds = self.begin_seconds = scheduled_seconds
-        self.end_seconds = math.inf
-        self.estimate = estimate
-        self._shape, self._later = shape, later
-        self.prefill_joules = estimate.prefill.joules(shape.prefill)
-        per_pair = estimate.decode.per_pair_joules
-        decode_joules = estimate.decode.joules(shape.decode) + later * shape.decode.tokens * per_pair
-        self.predicted_joules = self.prefill_joules + decode_joules
-        self.paid: Sequence[object] = ()
-        self.measured_ratio = self.half_width_ratio = self.covered_ratio = 0.0
-        self.pace_ratio = 1.0
-
-    @property
-    def shape(self) -> BatchShape:
-        """What the step computes: in steady decode that of a step before, with one token of context more for each."""
-        prefill, decode, encoder_tokens = self._shape
-        more = self._later * decode.tokens
-        longer = decode._replace(pairs=decode.pairs + more, kv_tokens=decode.kv_tokens + more)
-        return BatchShape(prefill, longer, encoder_tokens)
-
-    def share_in(self, begin_seconds: float, end_seconds: float) -> float:
-        """Share of the step's time in ``[begin, end)``; a step without length lies where it begins."""
-        length = self.end_seconds - self.begin_seconds
-        if length <= 0.0:
-            return float(begin_seconds <= self.begin_seconds < end_seconds)
-        overlap = min(self.end_seconds, end_seconds) - max(self.begin_seconds, begin_seconds)
-        return max(0.0, overlap) / length
-
-
-class StepShare(NamedTuple):
-    """A step, and the share of it that lies in a window."""
-
-    step: Step
-    share: float
+# Energy in doubt for these reasons is energy all the same: less exact, not somebody else's.
+LEARNABLE = frozenset((Doubt.NONE, Doubt.INTEGRATED_POWER))
+# At most so many windows of a device wait for a step to close; the energy of older ones is nobody's.
+MOST_WAITING = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +77,10 @@ class WindowAccount:
 
 @dataclass(slots=True)
 class MeteredTotals:
-    """Cumulative joules of all devices since start; metered = attributed + idle + sleeping + unattributed."""
+    """Cumulative joules of all devices since start; metered = attributed + idle + sleeping + unattributed.
+
+    unmetered_seconds: of windows whose energy the meter did not know.
+    """
 
     metered_joules: float = 0.0
     attributed_joules: float = 0.0
@@ -145,23 +91,17 @@ class MeteredTotals:
     windows: int = 0
     doubtful_windows: int = 0
 
-    @property
-    def residual_joules(self) -> float:
-        """What conservation is violated by: rounding."""
-        parts = self.attributed_joules + self.idle_joules + self.sleeping_joules + self.unattributed_joules
-        return self.metered_joules - parts
-
 
 class _Idle:
     """Idle power of one device by activity: a mean that forgets, beginning with the data sheet."""
 
     def __init__(self, prior_watts: float) -> None:
         self.watts = dict.fromkeys(Activity, prior_watts)
-        self._learned = dict.fromkeys(Activity, 0.0)
+        self.learned = dict.fromkeys(Activity, 0.0)
 
     def learn(self, activity: Activity, joules: float, seconds: float) -> None:
-        known = min(self._learned[activity] + seconds, IDLE_MEMORY_SECONDS)
-        self._learned[activity] = known
+        known = min(self.learned[activity] + seconds, IDLE_MEMORY_SECONDS)
+        self.learned[activity] = known
         self.watts[activity] += (joules / seconds - self.watts[activity]) * min(1.0, seconds / known)
 
 
@@ -200,7 +140,7 @@ class Attributor:
         self._ratios = [_Ratio() for _ in idle_power_watts]
         self._windows: list[deque[MeterWindow]] = [deque() for _ in idle_power_watts]
         self._frontier = [-math.inf for _ in idle_power_watts]
-        self._last_end = -math.inf
+        self._last_end = self._last_closed = self._given_up = -math.inf
         self._steps: deque[Step] = deque()
         self._open: deque[Step] = deque()
         self._pace = 0.0  # of the recent past: duration over predicted duration, 0 before any
@@ -213,8 +153,17 @@ class Attributor:
         return sum(ratio.value for ratio in self._ratios) / len(self._ratios)
 
     def idle_power_watts(self, activity: Activity = Activity.AWAKE) -> float:
-        """Learned idle power of all devices together."""
+        """Idle power of all devices together, learned or by the data sheet."""
         return sum(idle.watts[activity] for idle in self._idle)
+
+    def idle_power_learned(self, activity: Activity) -> bool:
+        """Whether every device has taught its idle power."""
+        return all(idle.learned[activity] > 0.0 for idle in self._idle)
+
+    @property
+    def unsettled_joules(self) -> float:
+        """Measured joules of steps that are not settled yet."""
+        return sum(step.measured_ratio * step.predicted_joules for step in self._steps)
 
     # -- steps ----------------------------------------------------------------------------
 
@@ -229,8 +178,9 @@ class Attributor:
             first = self._open.popleft()
             if first is step:
                 break
-            first.begin_seconds = first.end_seconds = begin_seconds
+            first.lose(begin_seconds)
         step.begin_seconds, step.end_seconds = begin_seconds, end_seconds
+        self._last_closed = max(self._last_closed, end_seconds)
         predicted = step.estimate.duration_seconds
         if end_seconds > begin_seconds and predicted > 0.0:
             pace = (end_seconds - begin_seconds) / predicted
@@ -242,7 +192,7 @@ class Attributor:
     def forget_open(self, now_seconds: float) -> None:
         """No output will come for the steps that are open."""
         for step in self._open:
-            step.begin_seconds = step.end_seconds = now_seconds
+            step.lose(now_seconds)
         self._open.clear()
 
     def switched(self, activity: Activity, now_seconds: float) -> None:
@@ -252,51 +202,92 @@ class Attributor:
     # -- windows --------------------------------------------------------------------------
 
     def take(self, window: MeterWindow) -> None:
-        """A further window of a device; they come in order."""
-        self._windows[window.device].append(window)
+        """A further window of a device; they come in order. One of a device that is not ours is left out."""
+        if not 0 <= window.device < len(self._windows):
+            self.totals.doubtful_windows += 1
+            return
+        queue = self._windows[window.device]
+        queue.append(window)
+        if len(queue) > MOST_WAITING:
+            self._nobodys(queue.popleft().energy_joules or 0.0)
+
+    def _nobodys(self, joules: float) -> None:
+        self.totals.metered_joules += joules
+        self.totals.unattributed_joules += joules
 
     def accounts(self) -> list[WindowAccount]:
         """Split every window all of whose steps are closed."""
         found = []
+        # An open step cannot begin before the last one that closed has ended.
+        waits = max(self._open[0].scheduled_seconds, self._last_closed) if self._open else math.inf
         for queue in self._windows:
-            while queue and not (self._open and self._open[0].scheduled_seconds < queue[0].end_seconds):
+            while queue and queue[0].end_seconds <= waits:
                 found.append(self._account(queue.popleft()))
         return found
 
     def settled(self, now_seconds: float) -> list[Step]:
         """Steps no further window can touch, in order; what no window covers is left to prediction."""
-        reached = max(min(self._frontier), now_seconds - LONGEST_WAIT_SECONDS)
+        frontier = min(self._frontier)
+        patience = min((now_seconds - LONGEST_WAIT_SECONDS, *(q[0].begin_seconds for q in self._windows if q)))
+        reached = max(frontier, patience)
         found = []
         while self._steps and self._steps[0].end_seconds <= reached:
             step = self._steps.popleft()
             self._last_end = max(self._last_end, step.end_seconds)
             found.append(step)
+            if step.end_seconds > frontier:
+                self._given_up = max(self._given_up, step.end_seconds)
         return found
 
     def _account(self, window: MeterWindow) -> WindowAccount:
         activity, steady = self._activity_in(window)
         self._frontier[window.device] = window.end_seconds
+        window = self._without_given_up(window)
         parts = tuple(self._parts(window))
         busy = sum(part.share * (part.step.end_seconds - part.step.begin_seconds) for part in parts)
         predicted = sum(part.share * part.step.predicted_joules for part in parts) / len(self._windows)
-        if window.energy_joules is None:
-            self.totals.unmetered_seconds += window.duration_seconds
-            self.totals.doubtful_windows += 1
-            return WindowAccount(window, parts, activity, busy, predicted, 0.0, 0.0, 0.0, None, False)
-        idle = self._between(window, busy, activity) if parts else self._without_steps(window, activity, steady)
-        dynamic = window.energy_joules - idle
-        ratio = dynamic / predicted if predicted > 0.0 else None
-        used = 0.0 if ratio is None else self._ratios[window.device].plausible(max(ratio, 0.0))
-        trusted = steady and window.doubt is Doubt.NONE and ratio in (None, used)
-        if ratio is not None and window.doubt is Doubt.NONE:
-            self._ratios[window.device].learn(used * predicted, predicted, busy)
-        attributed = used * predicted
-        self._spread(window, parts, attributed)
-        account = WindowAccount(
-            window, parts, activity, busy, predicted, attributed, idle, dynamic - attributed, ratio, trusted
-        )
+        known = window.energy_joules is not None and window.doubt is not Doubt.SHARED
+        joules = window.energy_joules or 0.0
+        idle = dynamic = attributed = 0.0
+        ratio = None
+        if known and parts:
+            gap = max(0.0, window.duration_seconds - busy)
+            idle = min(self._idle[window.device].watts[activity] * gap, max(joules, 0.0))
+            dynamic = joules - idle
+            ratio = dynamic / predicted if predicted > 0.0 else None
+        elif known and activity is not Activity.UNKNOWN:
+            idle = joules
+            self._learn_idle(window, activity, steady)
+        believed = ratio is not None and dynamic > 0.0 and self._believe(window, ratio, predicted, busy)
+        if believed:
+            attributed = dynamic
+            self._spread(window, parts, attributed)
+        trusted = steady and known and window.doubt in LEARNABLE and (believed or not parts)
+        rest = joules - idle - attributed
+        account = WindowAccount(window, parts, activity, busy, predicted, attributed, idle, rest, ratio, trusted)
         self._book(account)
         return account
+
+    def _believe(self, window: MeterWindow, ratio: float, predicted: float, busy: float) -> bool:
+        """Whether a window's ratio is plausible. One that is not measures nobody, but moves the recent ratio."""
+        ratios = self._ratios[window.device]
+        used = ratios.plausible(ratio)
+        if window.doubt in LEARNABLE:
+            ratios.learn(used * predicted, predicted, busy)
+        return used == ratio
+
+    def _without_given_up(self, window: MeterWindow) -> MeterWindow:
+        """A late window less the time whose steps were left to prediction: that energy is nobody's by now."""
+        late = min(self._given_up, window.end_seconds) - window.begin_seconds
+        if late <= 0.0 or window.energy_joules is None:
+            return window
+        joules = window.energy_joules * late / window.duration_seconds
+        self._nobodys(joules)
+        return window._replace(
+            begin_seconds=window.begin_seconds + late,
+            energy_joules=window.energy_joules - joules,
+            doubt=Doubt.GAP if window.doubt is Doubt.NONE else window.doubt,
+        )
 
     def _parts(self, window: MeterWindow) -> list[StepShare]:
         found = []
@@ -305,24 +296,20 @@ class Attributor:
             first, last = step.begin_seconds, step.end_seconds
             if first >= end:
                 break
+            if step.lost:
+                continue
             share = 1.0 if begin <= first < last <= end else step.share_in(begin, end)
             if share > 0.0:
                 found.append(StepShare(step, share))
         return found
 
-    def _between(self, window: MeterWindow, busy: float, activity: Activity) -> float:
-        """Idle energy of the gaps in a window with steps."""
-        gap = max(0.0, window.duration_seconds - busy)
-        return min(self._idle[window.device].watts[activity] * gap, max(window.energy_joules or 0.0, 0.0))
-
-    def _without_steps(self, window: MeterWindow, activity: Activity, steady: bool) -> float:
-        """A window without steps is idle entirely, and teaches idle power once the device has settled."""
-        joules = window.energy_joules or 0.0
+    def _learn_idle(self, window: MeterWindow, activity: Activity, steady: bool) -> None:
+        """A window without steps teaches idle power once the device has settled."""
         ends = (step.end_seconds for step in self._steps if step.end_seconds <= window.end_seconds)
         quiet = window.begin_seconds - max(ends, default=self._last_end) >= IDLE_AFTER_SECONDS
-        if steady and quiet and window.doubt is Doubt.NONE:
-            self._idle[window.device].learn(activity, joules, window.duration_seconds)
-        return joules
+        asleep = activity is Activity.SLEEPING and window.doubt is Doubt.SLEEPING
+        if steady and quiet and (asleep or window.doubt in LEARNABLE):
+            self._idle[window.device].learn(activity, window.energy_joules or 0.0, window.duration_seconds)
 
     def _spread(self, window: MeterWindow, parts: Sequence[StepShare], joules: float) -> None:
         """Give the steps of a window their part of its dynamic energy."""
@@ -340,6 +327,7 @@ class Attributor:
         totals = self.totals
         totals.windows += 1
         totals.doubtful_windows += not account.trusted
+        totals.unmetered_seconds += account.window.duration_seconds * (account.window.energy_joules is None)
         totals.metered_joules += account.window.energy_joules or 0.0
         totals.attributed_joules += account.attributed_joules
         totals.unattributed_joules += account.unattributed_joules
@@ -349,11 +337,15 @@ class Attributor:
             totals.idle_joules += account.idle_joules
 
     def _activity_in(self, window: MeterWindow) -> tuple[Activity, bool]:
-        """(activity at the begin of a window, whether it lasts to its end)."""
+        """(activity in a window, whether it lasts from begin to end). Unknown as soon as it is so for a moment."""
         while self._changes and self._changes[0][0] <= min(self._frontier):
             self._activity = self._changes.pop(0)[1]
-        activity = self._activity
+        activity, within = self._activity, []
         for at, to in self._changes:
             if at <= window.begin_seconds:
                 activity = to
-        return activity, not any(window.begin_seconds < at < window.end_seconds for at, _ in self._changes)
+            elif at < window.end_seconds:
+                within.append(to)
+        if Activity.UNKNOWN in within:
+            activity = Activity.UNKNOWN
+        return activity, not within and activity is not Activity.UNKNOWN

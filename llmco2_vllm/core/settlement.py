@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import NamedTuple
 
-from llmco2_vllm.core.attribution import Step
+from llmco2_vllm.core.steps import Step
 
 Quantities = tuple[float, float, float, float]
 

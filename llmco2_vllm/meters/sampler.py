@@ -40,6 +40,8 @@ NO_VITALS = Vitals()
 BACK_OFF_SECONDS = 1.0
 MOST_BACK_OFF_SECONDS = 30.0
 SUSPENDED_SECONDS = 0.1
+# Readings that may fail one after the other before the device counts as lost.
+MOST_SKIPPED = 10
 # How long stop() may have to wait for the thread.
 MOST_SLEEP_SECONDS = 0.25
 CROSS_CHECK_SECONDS = 5.0
@@ -103,6 +105,7 @@ class _Device:
     closed: bool = False  # lost: to be opened anew at ``due``
     calls: int = 0
     skipped: int = 0
+    skipped_in_a_row: int = 0
     read_at: float | None = None
 
     def called(self, now: float, calls: int = 1) -> None:
@@ -308,7 +311,7 @@ class EdgeSampler:
             device.track.reopened(device.meter.identity)
         device.called(now)
         reading = device.meter.read()
-        device.read_at, device.back_off = reading.time_seconds, BACK_OFF_SECONDS
+        device.read_at, device.back_off, device.skipped_in_a_row = reading.time_seconds, BACK_OFF_SECONDS, 0
         device.check.see(reading)
         kinds = len(device.track.faults)
         device.track.observe(reading)
@@ -325,8 +328,10 @@ class EdgeSampler:
         """METERING section 6: what each kind of failure means for this device. The others go on."""
         if isinstance(error, SkippedReadingError):
             device.skipped += 1
-            device.due = max(now + COARSE_SECONDS, device.limit.free_at)
-            return
+            device.skipped_in_a_row += 1
+            if device.skipped_in_a_row <= MOST_SKIPPED:
+                device.due = max(now + COARSE_SECONDS, device.limit.free_at)
+                return
         if isinstance(error, UninitializedError) and not device.closed:
             device.closed, device.due = True, now  # at once, and with back-off from then on
             return

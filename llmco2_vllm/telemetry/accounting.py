@@ -52,13 +52,34 @@ class Accounting:
             return cls(WORLD_AVERAGE_GRAMS_PER_KWH, "WORLD", "default:world-average", True, *node)
         return cls(intensity, zone, "settings", False, *node)
 
-    def with_host_measured(self, host_joules: float, device_joules: float, source: str) -> Accounting:
+    def with_host_measured(self, ratio: float | None, source: str) -> Accounting:
         """The same with the host's energy as measured beside that of the devices, unless the settings state it."""
-        if self.node_overhead_source == "settings" or device_joules <= 0.0:
+        if self.node_overhead_source == "settings" or ratio is None:
             return self
-        return replace(self, node_overhead_ratio=host_joules / device_joules, node_overhead_source=source)
+        return replace(self, node_overhead_ratio=ratio, node_overhead_source=source)
 
     def operational_grams(self, device_joules: float) -> float:
         """Grams CO2e of using ``device_joules``; what the node and the site add is added here and nowhere else."""
         joules = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
         return operational_grams(joules, self.grams_per_kwh, 1.0 if self.pue is None else self.pue)
+
+
+class HostShare:
+    """Energy of the host per joule of the devices, over the time in which both meters ran."""
+
+    def __init__(self) -> None:
+        self._host = self._devices = 0.0
+        self._last: tuple[float, float, float] | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """None until both were seen to move."""
+        return self._host / self._devices if self._devices > 0.0 else None
+
+    def see(self, host_joules: float, device_joules: float, unmetered_seconds: float) -> None:
+        """Take cumulative figures; a span in which the devices' meter was blind, or began anew, does not count."""
+        last, self._last = self._last, (host_joules, device_joules, unmetered_seconds)
+        if last is None or unmetered_seconds != last[2] or device_joules <= last[1] or host_joules < last[0]:
+            return
+        self._host += host_joules - last[0]
+        self._devices += device_joules - last[1]

@@ -124,7 +124,7 @@ class Annotation(_Part):
     tokens: Tokens
     meter: str = Field(description="Meter in place, none without one")
     meter_reason: str | SkipJsonSchema[None] = _optional("Why there is no meter")
-    coverage_ratio: Number | SkipJsonSchema[None] = _optional("Metered part of the request's steps, 0 to 1")
+    coverage_ratio: Number | SkipJsonSchema[None] = _optional("Metered part of energy_joules, 0 to 1")
     predictor: str = Field(description="Method and version of the predictor")
     in_distribution: bool = Field(description="Every step was like those the predictor was calibrated on")
 

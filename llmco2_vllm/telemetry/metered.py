@@ -16,21 +16,19 @@ from llmco2_vllm.telemetry.ledger import Ledger
 
 METERED_KEY = "llmco2-metered"
 METERED_VERSION = "1"
-_WIRE = METERED_VERSION + ",%d,%d" + ",%.9g" * 9
+_WIRE = METERED_VERSION + ",%d" + ",%.9g" * 9
 
 
 class Metered(NamedTuple):
     """The settled steps of one request. Joules.
 
-    final: every step is settled, the figure no longer changes. steps: settled ones; covered_steps: of these, each by
-    the share of it that windows cover. prefill_joules, decode_joules: measured, and predicted times the recent ratio
-    where no window was. half_width_joules: of the 90 % interval of their sum. predicted_*: of the same steps.
-    recomputed_joules and rejected_draft_joules are parts of the first two. recent_ratio: measured over predicted.
+    final: every step is settled, the figure no longer changes. prefill_joules, decode_joules: measured, and predicted
+    times the recent ratio where no window was. half_width_joules: of the 90 % interval of their sum. predicted_*: of
+    the same steps. recomputed_joules, rejected_draft_joules and estimated_joules, which no window covers, are parts of
+    the first two. recent_ratio: measured over predicted.
     """
 
     final: bool
-    steps: int
-    covered_steps: float
     prefill_joules: float
     decode_joules: float
     half_width_joules: float
@@ -38,6 +36,7 @@ class Metered(NamedTuple):
     predicted_decode_joules: float
     recomputed_joules: float
     rejected_draft_joules: float
+    estimated_joules: float
     recent_ratio: float
 
 
@@ -78,9 +77,10 @@ def metered_of(
         decode[3],
         account.recomputed_joules,
         account.rejected_draft_joules,
+        prefill[1] + decode[1],
     )
     reported = (reported_ratio * value for value in joules)
-    return Metered._make((account.final, account.steps, account.covered_steps, *reported, recent_ratio))
+    return Metered._make((account.final, *reported, recent_ratio))
 
 
 def encode_metered(record: Metered) -> str:
@@ -95,7 +95,7 @@ def decode_metered(text: str) -> Metered:
         raise ValueError(f"metered record of version {version!r}; this front end reads {METERED_VERSION!r}")
     if len(parts) != len(Metered._fields):
         raise ValueError(f"metered record with {len(parts)} fields instead of {len(Metered._fields)}")
-    return Metered(parts[0] == "1", int(parts[1]), *map(float, parts[2:]))
+    return Metered(parts[0] == "1", *map(float, parts[1:]))
 
 
 def figure(ledger: Ledger, record: Metered) -> Figure:
@@ -108,25 +108,25 @@ def figure(ledger: Ledger, record: Metered) -> Figure:
     open_decode = max(0.0, ledger.decode_joules - record.predicted_decode_joules) * (not record.final)
     spent = ledger.energy_joules or 1.0
     widest = max(ledger.upper_joules - spent, spent - ledger.lower_joules) / spent
-    steps = record.steps if record.final else max(ledger.steps, record.steps)
+    settled, still_open = record.prefill_joules + record.decode_joules, ratio * (open_prefill + open_decode)
+    covered = settled - record.estimated_joules
     return Figure(
         record.prefill_joules + ratio * open_prefill,
         record.decode_joules + ratio * open_decode,
-        record.half_width_joules + ratio * (open_prefill + open_decode) * widest,
-        min(1.0, record.covered_steps / steps) if steps else 0.0,
+        record.half_width_joules + still_open * widest,
+        min(1.0, max(0.0, covered / (settled + still_open))) if settled + still_open > 0.0 else 0.0,
         record.recomputed_joules,
         record.rejected_draft_joules,
     )
 
 
 def total_figure(parts: Iterable[tuple[Ledger, Metered | None]]) -> Figure | None:
-    """Sum over the engine requests of one call; None where one of them has no meter. Coverage by predicted joules."""
+    """Sum over the engine requests of one call; None where one of them has no meter."""
     items = list(parts)
     if not items or any(record is None for _, record in items):
         return None
     figures = [figure(ledger, record) for ledger, record in items if record is not None]
-    weights = [max(ledger.energy_joules, 0.0) for ledger, _ in items]
-    whole = sum(weights)
-    covered = sum(w * f.coverage_ratio for w, f in zip(weights, figures, strict=True)) / whole if whole else 0.0
+    whole = sum(f.energy_joules for f in figures)
+    covered = sum(f.energy_joules * f.coverage_ratio for f in figures) / whole if whole > 0.0 else 0.0
     sums = [sum(column) for column in zip(*figures, strict=True)]
     return Figure(sums[0], sums[1], sums[2], covered, sums[4], sums[5])

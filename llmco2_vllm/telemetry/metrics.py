@@ -234,7 +234,8 @@ class Recorder:
         for state, field in _STATES.items():
             joules = self._new(source, field, metered[field])
             metrics["llmco2_idle_energy_joules_total"].labels(*labels, state).inc(joules)
-            metrics["llmco2_idle_power_watts"].labels(*labels, state).set(metered["idle_power_watts"][state])
+            if state in metered["idle_power_watts"]:
+                metrics["llmco2_idle_power_watts"].labels(*labels, state).set(metered["idle_power_watts"][state])
         trusted = metered["windows"] - metered["doubtful_windows"]
         for word, count in (("yes", trusted), ("no", metered["doubtful_windows"])):
             metrics["llmco2_meter_windows_total"].labels(*labels, word).inc(self._new(source, f"trusted {word}", count))

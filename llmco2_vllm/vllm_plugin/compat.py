@@ -41,6 +41,9 @@ SYMBOLS: dict[str, Symbol] = {
     "engine_core": Symbol("vllm.v1.engine.core", "EngineCore", "__init__", "engine-wide metrics"),
     "sleep": Symbol("vllm.v1.engine.core", "EngineCore", "sleep", "idle power of a sleeping engine"),
     "wake_up": Symbol("vllm.v1.engine.core", "EngineCore", "wake_up", "idle power of a sleeping engine"),
+    "dummy_batch": Symbol(
+        "vllm.v1.engine.core", "EngineCore", "execute_dummy_batch", "idle power beside data-parallel peers"
+    ),
     "async_llm": Symbol("vllm.v1.engine.async_llm", "AsyncLLM", "__init__", "engine-wide metrics"),
     "add_request": Symbol("vllm.v1.engine.output_processor", "OutputProcessor", "add_request", "figures in responses"),
     "process_outputs": Symbol(

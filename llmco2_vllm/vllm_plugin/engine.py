@@ -50,6 +50,7 @@ def add_utilities() -> None:
     compat.add_method("engine_core", "llmco2_switch", _switch)
     compat.wrap("sleep", _sleep)
     compat.wrap("wake_up", _wake_up)
+    compat.wrap("dummy_batch", _dummy_batch)
 
 
 def describe(vllm_config: Any) -> Deployment:
@@ -119,6 +120,17 @@ def _wake_up(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return wake_up
+
+
+def _dummy_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    def execute_dummy_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # A data-parallel rank without requests keeps its peers company: neither work of a request nor idleness.
+        _tell(self, Activity.UNKNOWN)
+        result = original(self, *args, **kwargs)
+        _tell(self, Activity.AWAKE)
+        return result
+
+    return execute_dummy_batch
 
 
 def _tell(core: Any, activity: Activity) -> None:

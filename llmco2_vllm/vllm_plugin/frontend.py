@@ -19,7 +19,7 @@ from typing import Any
 import llmco2_vllm
 from llmco2_vllm.config import Settings
 from llmco2_vllm.core.ledgers import DecodeSums
-from llmco2_vllm.telemetry.accounting import Accounting
+from llmco2_vllm.telemetry.accounting import Accounting, HostShare
 from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_document
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, RequestLedger, decode_sums
 from llmco2_vllm.telemetry.metered import METERED_KEY, decode_metered
@@ -53,6 +53,7 @@ class CarbonFrontEnd:
         self.engine_client: Callable[[], Any] = lambda: None
         self._counted: dict[str, float] = {}
         self._late = LateResults(self._rewrite)
+        self._host = HostShare()
         # Running sums by engine, and the requests whose ledgers follow them.
         self._sums: dict[int, DecodeSums] = {}
         self._following: dict[str, RequestLedger] = {}
@@ -208,7 +209,7 @@ class CarbonFrontEnd:
         question = json.dumps({"counted": counted, "awaited": self._late.request_ids})
         try:
             answers = await compat.call_engines(client, "llmco2_snapshot", question)
-        except Exception:
+        except BaseException:  # a scrape that ran out of time is cancelled
             self._counted = {**counted, **self._counted}
             raise
         found = [snapshot for answer in answers if (snapshot := json.loads(answer))]
@@ -219,11 +220,11 @@ class CarbonFrontEnd:
 
     def _count_host(self, snapshots: Sequence[dict[str, Any]]) -> None:
         """What the host took beside the devices; every engine of a host reads the same counter."""
-        hosts = [snapshot["host"] for snapshot in snapshots if "host" in snapshot]
-        if hosts:
-            devices = sum(snapshot["metered"]["metered_joules"] for snapshot in snapshots if "metered" in snapshot)
-            joules = max(host["joules"] for host in hosts)
-            self.accounting = self.accounting.with_host_measured(joules, devices, hosts[0]["source"])
+        if hosts := [snapshot["host"] for snapshot in snapshots if "host" in snapshot]:
+            metered = [snapshot["metered"] for snapshot in snapshots if "metered" in snapshot]
+            joules, blind = (sum(m[key] for m in metered) for key in ("metered_joules", "unmetered_seconds"))
+            self._host.see(max(host["joules"] for host in hosts), joules, blind)
+            self.accounting = self.accounting.with_host_measured(self._host.ratio, hosts[0]["source"])
 
     async def refresh_metrics(self) -> None:
         """Pull now, before a scrape."""
@@ -245,7 +246,7 @@ class CarbonFrontEnd:
             "version": llmco2_vllm.__version__,
             "vllm_version": self.host_version,
             "model": self.model_name,
-            "basis": "predicted" if first.get("meter", "none") == "none" else "measured",
+            "basis": "measured" if any(e.get("metered", {}).get("windows") for e in engines) else "predicted",
             **first,
             "zone": self.settings.zone,
             "intensity": intensity_document(self.accounting),

@@ -12,6 +12,7 @@ from time import perf_counter, time
 from typing import Any
 
 from llmco2_vllm.core.ledgers import RequestCharge
+from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, encode, encode_sums
 from llmco2_vllm.telemetry.metered import METERED_KEY, Metered, encode_metered, metered_of
@@ -50,6 +51,7 @@ class EngineHook:
         # Requests that are gone and the share of their energy that was reported, until the meter has covered their
         # last step and the front end has asked.
         self._late: dict[str, tuple[RequestCharge, float]] = {}
+        self._dark = False  # the meter knows that the hook is off
         self._cursor = 0
 
     # -- schedule() -----------------------------------------------------------------------
@@ -221,22 +223,31 @@ class EngineHook:
             self._parked.clear()
             self._counted.clear()
         self.guard.active = on
+        if self.monitor.metering is not None:
+            self.monitor.metering.switch(on)
+            self._dark = not on
 
     def settled(self, request_ids: Iterable[str]) -> dict[str, str]:
-        """The final records of those of these requests that no further window can change; each is told once."""
+        """The final records of those of these requests that no further window can change."""
         found = {}
         for request_id in request_ids:
             late = self._late.get(request_id)
             if late is not None and (record := self._metered(*late)) is not None and record.final:
+                # Kept: an answer may be lost on its way, and is then asked for again.
                 found[request_id] = encode_metered(record)
-                del self._late[request_id]
         return found
+
+    def _tend(self, metering: Metering) -> None:
+        if not self.guard.active and not self._dark:
+            self._dark = True  # switched off by a failure
+            metering.switch(False)
+        self.guard.call("tend", metering.tend_all)
 
     def snapshot(self) -> dict[str, Any]:
         """Cumulative figures and identity, for the front end; plain JSON values."""
         metering = self.monitor.metering
         if metering is not None:
-            metering.tend_all()
+            self._tend(metering)
         return {
             "engine": self.origin.engine,
             "started_seconds": self.started_seconds,

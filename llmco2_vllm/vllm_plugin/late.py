@@ -58,4 +58,5 @@ class LateResults:
             if all(ledger.metered is None or ledger.metered.final for ledger in ledgers)
         ]
         for response_id in done:
-            self._rewrite(response_id, self._responses.pop(response_id))
+            self._rewrite(response_id, self._responses[response_id])
+            del self._responses[response_id]

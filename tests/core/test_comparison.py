@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from llmco2_vllm.core.attribution import Activity, Step, StepShare, WindowAccount
+from llmco2_vllm.core.attribution import Activity, WindowAccount
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.comparison import Comparison, PhaseMix
 from llmco2_vllm.core.metering import MeterWindow
+from llmco2_vllm.core.steps import Step, StepShare
 from llmco2_vllm.testing import ConstantPredictor
 
 PREFILL, DECODE = PhaseShape(1, 100, 0, 100, 0), PhaseShape(50, 50, 0, 50, 0)

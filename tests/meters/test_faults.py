@@ -142,6 +142,14 @@ def test_a_timeout_skips_the_sample(bench: Bench) -> None:
     assert tiled(windows) and doubts(windows) == {Doubt.NONE}
 
 
+def test_a_device_whose_every_reading_fails_is_lost_and_not_asked_at_full_speed(bench: Bench) -> None:
+    bench.meters[0].failures = [SkippedReadingError("permission taken away")] * 10_000
+    before = len(bench.meters[0].calls)
+    bench.run(120.0)
+    assert bench.state["source"] == "none" and bench.state["faults"]["device lost"] >= 1
+    assert len(bench.meters[0].calls) - before < 100
+
+
 def test_a_counter_frozen_while_busy_is_not_believed(bench: Bench) -> None:
     bench.meters[0].frozen = True
     windows = bench.run(3.0)

@@ -17,6 +17,8 @@ from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from pytest import approx
 
+from llmco2_vllm.telemetry.annotation import WHOLLY_COVERED
+
 MODEL = "smol"
 ENERGY = "llmco2_predicted_energy_joules_total"
 ABORTED = "llmco2_predicted_aborted_energy_joules_total"
@@ -33,17 +35,38 @@ _SCHEMA = Draft202012Validator(
 
 def checked(carbon: Any) -> dict[str, Any]:
     """``carbon`` after it was held against the published schema and the arithmetic every annotation obeys."""
+    found = _lawful(carbon)
+    assert found["meter"] == "none"
+    assert found["meter_reason"]
+    assert "energy_joules" not in found, "without a meter nothing is presented as measured"
+    return found
+
+
+def checked_metered(carbon: Any) -> dict[str, Any]:
+    """The same where NVML is read: what is called measured is covered, and what is not covered is not."""
+    found = _lawful(carbon)
+    assert (found["meter"], "meter_reason" in found) == ("nvml", False)
+    if "coverage_ratio" not in found:
+        assert (found["basis"], "energy_joules" in found) == ("predicted", False)
+        return found
+    covered, energy = found["coverage_ratio"], found["energy_joules"]
+    assert 0 < covered <= 1
+    assert found["basis"] == ("measured" if covered >= WHOLLY_COVERED else "mixed")
+    assert energy["lower"] <= energy["value"] <= energy["upper"]
+    assert energy["value"] == approx(energy["prefill"] + energy["decode"], rel=SIX_DIGITS)
+    return found
+
+
+def _lawful(carbon: Any) -> dict[str, Any]:
     _SCHEMA.validate(carbon)
     estimate, grams = carbon["estimate"], carbon["carbon_grams"]
     assert estimate["energy_joules"] > 0
     assert estimate["energy_joules"] == approx(estimate["prefill_joules"] + estimate["decode_joules"], rel=SIX_DIGITS)
     assert estimate["lower"] <= estimate["energy_joules"] <= estimate["upper"]
     grams_per_joule = carbon["intensity"]["grams_per_kwh"] * carbon.get("pue", 1.0) / 3.6e6
-    for joules, part in (("energy_joules", "operational"), ("lower", "lower"), ("upper", "upper")):
-        assert grams[part] == approx(estimate[joules] * grams_per_joule, rel=SIX_DIGITS)
-    assert carbon["meter"] == "none"
-    assert carbon["meter_reason"]
-    assert "energy_joules" not in carbon, "without a meter nothing is presented as measured"
+    figure = carbon.get("energy_joules", {**estimate, "value": estimate["energy_joules"]})
+    for joules, part in (("value", "operational"), ("lower", "lower"), ("upper", "upper")):
+        assert grams[part] == approx(figure[joules] * grams_per_joule, rel=SIX_DIGITS)
     assert isinstance(carbon, dict)
     return carbon
 
@@ -51,6 +74,11 @@ def checked(carbon: Any) -> dict[str, Any]:
 def joules(carbon: Mapping[str, Any]) -> float:
     """Predicted energy of a call."""
     return float(carbon["estimate"]["energy_joules"])
+
+
+def metered_joules(carbon: Mapping[str, Any]) -> float:
+    """Metered energy of a call."""
+    return float(carbon["energy_joules"]["value"])
 
 
 def assert_tokens(carbon: Mapping[str, Any], prompt: int, completion: int, sequences: int = 1) -> None:
@@ -130,6 +158,26 @@ class Clients:
         engines = self.http.get("/carbon").raise_for_status().json()["engines"]
         assert isinstance(engines, list)
         return engines
+
+    def engine(self) -> dict[str, Any]:
+        """Cumulative figures of the only engine, asked now."""
+        (engine,) = self.engines()
+        return engine
+
+    def final(self, response_id: str) -> dict[str, Any]:
+        """The annotation kept for a response, once all of it is measured."""
+        self.wait_until(lambda: self.found(response_id)["basis"] == "measured", f"{response_id} is measured")
+        return checked_metered(self.found(response_id))
+
+    def wait_trusted(self, windows: int = 3) -> None:
+        """Return once the engine's meter has delivered so many more windows that nothing is wrong with."""
+
+        def trusted() -> int:
+            metered = self.engine()["metered"]
+            return int(metered["windows"] - metered["doubtful_windows"])
+
+        begin = trusted()
+        self.wait_until(lambda: trusted() >= begin + windows, "windows are trusted")
 
     def engine_total(self, field: str) -> float:
         """One figure, added up over the engines."""

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmco2_vllm.telemetry.accounting import Accounting
+from llmco2_vllm.telemetry.accounting import Accounting, HostShare
 
 maybe = st.none() | st.floats(0, 5)
 
@@ -38,7 +38,29 @@ def test_host_auxiliaries_and_site_are_each_counted_once(joules: float, host: fl
 
 def test_a_measured_host_takes_the_place_of_nothing_stated_and_of_no_setting() -> None:
     silent, stated = Accounting.from_values("FR", 56, None, None), Accounting.from_values("FR", 56, None, 0.2)
-    found = silent.with_host_measured(30.0, 300.0, "rapl")
+    found = silent.with_host_measured(0.1, "rapl")
     assert (found.node_overhead_ratio, found.node_overhead_source) == (0.1, "rapl")
-    assert stated.with_host_measured(30.0, 300.0, "rapl") is stated
-    assert silent.with_host_measured(30.0, 0.0, "rapl") is silent
+    assert stated.with_host_measured(0.1, "rapl") is stated
+    assert silent.with_host_measured(None, "rapl") is silent
+
+
+def test_the_hosts_share_is_that_of_the_time_in_which_both_meters_ran() -> None:
+    share = HostShare()
+    assert share.ratio is None
+    for host, devices, blind in (
+        (0, 0, 0),
+        (30, 100, 0),
+        (90, 300, 0),
+        (5000, 300, 60),
+        (5100, 310, 90),
+        (5103, 320, 90),
+    ):
+        share.see(host, devices, blind)
+    assert share.ratio == pytest.approx((90 + 3) / (300 + 10))
+
+
+def test_a_restarted_engine_begins_the_hosts_share_anew_without_a_negative_span() -> None:
+    share = HostShare()
+    for host, devices in ((0, 0), (30, 100), (1, 2), (4, 12)):
+        share.see(host, devices, 0)
+    assert share.ratio == pytest.approx(33 / 110)

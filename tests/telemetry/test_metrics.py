@@ -97,7 +97,9 @@ def test_buckets_run_from_a_tenth_of_a_joule_to_a_hundred_kilojoules() -> None:
 def metered(**values: float) -> dict[str, Any]:
     """What an engine with a meter adds to its snapshot."""
     state = Metering(Attributor([50.0]), deque()).state()
-    return {**state, "bias_ratio": {"decode": 0.1}, "reports": [[1, "decode", 0.1], [2, "mixed", -0.2]], **values}
+    watts = {"awake": 50.0, "sleeping": 20.0}
+    reports = [[1, "decode", 0.1], [2, "mixed", -0.2]]
+    return {**state, "idle_power_watts": watts, "bias_ratio": {"decode": 0.1}, "reports": reports, **values}
 
 
 def test_every_metric_of_the_table_is_fed() -> None:

@@ -23,7 +23,7 @@ from tests.vllm_plugin.harness import Engine, Server, make_core_request
 
 
 class EagerWindows(deque[MeterWindow]):
-    """A meter that is read whenever somebody looks: a window ends at each look, at 100 W."""
+    """A meter that is read whenever somebody looks: a window at 100 W ends shortly before, within a step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,10 +31,10 @@ class EagerWindows(deque[MeterWindow]):
         self._offered = False
 
     def __bool__(self) -> bool:
-        now = monotonic()
-        if not len(self) and not self._offered and now > self._begin:
-            self.append(MeterWindow(0, self._begin, now, 100.0 * (now - self._begin)))
-            self._begin = now
+        end = self._begin + 0.9 * (monotonic() - self._begin)
+        if not len(self) and not self._offered and end > self._begin:
+            self.append(MeterWindow(0, self._begin, end, 100.0 * (end - self._begin)))
+            self._begin = end
         self._offered = len(self) > 0
         return self._offered
 

@@ -155,7 +155,8 @@ def test_settings_travel_from_additional_config_to_a_scheduler_with_the_hook(
 # it would do the same work elsewhere.
 LOSSES = {
     "engine_core": "EngineCore.__init__ (engine-wide metrics), EngineCore.sleep (idle power of a sleeping engine), "
-    "EngineCore.wake_up (idle power of a sleeping engine)",
+    "EngineCore.wake_up (idle power of a sleeping engine), EngineCore.execute_dummy_batch (idle power beside "
+    "data-parallel peers)",
     "async_llm": "AsyncLLM.__init__ (engine-wide metrics)",
     "preempt_request": "Scheduler._preempt_request (recomputed tokens)",
     "new_request_output": "RequestState._new_request_output (RequestOutput.carbon)",

@@ -11,8 +11,8 @@ from llmco2_vllm.telemetry.metered import Metered, encode_metered
 from llmco2_vllm.vllm_plugin import late
 from llmco2_vllm.vllm_plugin.late import LateResults
 
-OPEN = Metered(False, 5, 4.0, 1.0, 2.0, 0.1, 1.0, 2.0, 0.0, 0.0, 1.0)
-FINAL = OPEN._replace(final=True, covered_steps=5.0)
+OPEN = Metered(False, 1.0, 2.0, 0.1, 1.0, 2.0, 0.0, 0.0, 0.5, 1.0)
+FINAL = OPEN._replace(final=True, estimated_joules=0.0)
 
 
 class Written(list[str]):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from llmco2_vllm.core import ledgers as ledgers_module
 from llmco2_vllm.core.ledgers import DecodeSums
@@ -299,6 +301,10 @@ def test_with_stop_strings_the_front_end_can_tell_the_figures_at_every_output(
     assert copies.records < copies.compared / 2
 
 
+@pytest.mark.skipif(
+    len(signature(Scheduler._preempt_request).parameters) < 4,
+    reason="this vLLM does not take a request out whose output is on its way",
+)
 def test_a_request_with_stop_strings_that_is_left_out_of_a_step_is_not_charged_for_it(make_engine: MakeEngine) -> None:
     engine = make_engine(depth=2, max_num_seqs=4)
     for name in "ab":
