@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -70,36 +69,38 @@ class Comparison:
     reports: deque[Report] = field(default_factory=lambda: deque(maxlen=REPORTS_KEPT))
     bias: dict[PhaseMix, Bias] = field(default_factory=lambda: {mix: Bias() for mix in PhaseMix})
     _number: int = 0
-    _begin: float = math.nan
+    # Seconds of the counted windows, by device: they need not follow each other.
+    _seconds: dict[int, float] = field(default_factory=dict)
     _predicted: float = 0.0
     _prefill: float = 0.0
     _measured: float = 0.0
     _busy: float = 0.0
 
     def add(self, account: WindowAccount) -> None:
-        """Count a window; a report is made of it and those before once they span ``REPORT_SECONDS``."""
+        """Count a window; a report is made of it and those before once they last ``REPORT_SECONDS`` together."""
         window = account.window
         if not account.trusted or not account.parts:
             return
-        if math.isnan(self._begin):
-            self._begin = window.begin_seconds
         whole = sum(part.share * part.step.predicted_joules for part in account.parts)
         prefill = sum(part.share * part.step.prefill_joules for part in account.parts)
         self._predicted += account.predicted_joules
         self._prefill += account.predicted_joules * (prefill / whole if whole else 0.0)
         self._measured += account.attributed_joules
         self._busy += account.busy_seconds
-        if window.end_seconds - self._begin >= REPORT_SECONDS:
-            self._report(window.end_seconds)
+        seconds = self._seconds.get(window.device, 0.0) + window.duration_seconds
+        self._seconds[window.device] = seconds
+        if seconds >= REPORT_SECONDS:
+            self._report(seconds)
 
-    def _report(self, end_seconds: float) -> None:
+    def _report(self, duration_seconds: float) -> None:
         if self._measured > 0.0 and self._predicted > 0.0:
             mix = PhaseMix.of(self._prefill / self._predicted)
             self._number += 1
-            report = Report(self._number, mix, self._predicted, self._measured, end_seconds - self._begin)
+            report = Report(self._number, mix, self._predicted, self._measured, duration_seconds)
             self.reports.append(report)
             bias, keep = self.bias[mix], 0.5 ** (self._busy / BIAS_HALF_LIFE_SECONDS)
             bias.predicted_joules = keep * bias.predicted_joules + report.predicted_joules
             bias.measured_joules = keep * bias.measured_joules + report.measured_joules
             bias.windows += 1
-        self._begin, self._predicted, self._prefill, self._measured, self._busy = math.nan, 0.0, 0.0, 0.0, 0.0
+        self._seconds = {}
+        self._predicted = self._prefill = self._measured = self._busy = 0.0

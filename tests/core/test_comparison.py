@@ -51,6 +51,14 @@ def test_untrusted_and_empty_windows_say_nothing_about_the_prediction() -> None:
     assert not comparison.reports and comparison.bias[PhaseMix.DECODE].ratio is None
 
 
+def test_windows_far_apart_make_a_report_of_their_own_time_not_of_the_time_between() -> None:
+    comparison = Comparison()
+    for number in range(5):
+        comparison.add(account(600.0 * number, 2.0, BatchShape(decode=DECODE)))
+    [report] = comparison.reports
+    assert report.duration_seconds == pytest.approx(5.0)
+
+
 def test_the_bias_follows_what_is_recent() -> None:
     comparison = Comparison()
     for second in range(8000):
