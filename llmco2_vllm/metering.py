@@ -176,6 +176,7 @@ class Metering:
             "unmetered_seconds": totals.unmetered_seconds,
             "windows": totals.windows,
             "doubtful_windows": totals.doubtful_windows,
+            "unmetered_windows": totals.unmetered_windows,
             "recent_ratio": self.attributor.recent_ratio,
             "idle_power_watts": {
                 activity.value: self.attributor.idle_power_watts(activity)

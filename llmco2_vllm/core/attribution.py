@@ -79,7 +79,7 @@ class WindowAccount:
 class MeteredTotals:
     """Cumulative joules of all devices since start; metered = attributed + idle + sleeping + unattributed.
 
-    unmetered_seconds: of windows whose energy the meter did not know.
+    unmetered_windows, unmetered_seconds: of windows whose energy the meter did not know.
     """
 
     metered_joules: float = 0.0
@@ -90,6 +90,7 @@ class MeteredTotals:
     unmetered_seconds: float = 0.0
     windows: int = 0
     doubtful_windows: int = 0
+    unmetered_windows: int = 0
 
 
 class _Idle:
@@ -327,6 +328,7 @@ class Attributor:
         totals = self.totals
         totals.windows += 1
         totals.doubtful_windows += not account.trusted
+        totals.unmetered_windows += account.window.energy_joules is None
         totals.unmetered_seconds += account.window.duration_seconds * (account.window.energy_joules is None)
         totals.metered_joules += account.window.energy_joules or 0.0
         totals.attributed_joules += account.attributed_joules

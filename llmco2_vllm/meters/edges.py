@@ -62,8 +62,8 @@ class _Bracket(NamedTuple):
 def tick_of(times: list[float], resolution_seconds: float) -> float:
     """Period in seconds of ascending times at its multiples, some missing, each somewhat late. At least two times.
 
-    Of the periods that divide the span, the one whose multiples the times miss by the least share of a period;
-    none shorter than what the looks resolve, unless the times themselves are closer.
+    Of the periods that divide the span, the one whose multiples the times miss by the least share of a period, where a
+    shorter period, which few times fit by chance, has to fit the better; none shorter than what the looks resolve, unless the times themselves are closer.
     """
     span = times[-1] - times[0]
     fewest = len(times) - 1
@@ -71,7 +71,7 @@ def tick_of(times: list[float], resolution_seconds: float) -> float:
     phases = np.exp(2j * np.pi * np.outer(ticks, (np.array(times) - times[0]) / span))
     centres = phases.mean(axis=1, keepdims=True)
     shares = np.angle(phases * centres.conj()).std(axis=1) if fewest > 1 else ticks
-    return float(span / ticks[np.argmin(shares)])
+    return float(span / ticks[np.argmin(shares * ticks)])
 
 
 class TickLine:

@@ -146,7 +146,7 @@ def test_units_agree_with_the_functions_that_convert_one_of_them() -> None:
 
 @pytest.mark.parametrize("unit", ["stone", "kg/stone", "kg/GB/s", "", "/", "kg per GB"])
 def test_an_unknown_unit_is_an_error_that_lists_the_known_ones(unit: str) -> None:
-    with pytest.raises(ValueError, match=r"is not known; allowed: mg, g, kg, t, J, kWh"):
+    with pytest.raises(ValueError, match=r"is not known; allowed: mg, g, kg, t, lb, J, kWh"):
         convert(1.0, unit, "g")
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmco2_vllm.meters.edges import CALLS_PER_SECOND, POLL_SECONDS, CallLimit, Edge, Pace, tick_of
@@ -43,6 +43,7 @@ class Run:
 
 @settings(deadline=None, max_examples=25)
 @given(st.floats(0.008, 0.4), st.integers(0, 5))
+@example(0.010804528099876356, 3)
 def test_the_tick_is_learnt_whatever_it_is(tick: float, seed: int) -> None:
     assert Run(tick, seconds=30.0, seed=seed).pace.tick_seconds == pytest.approx(tick, rel=2e-3)
 
