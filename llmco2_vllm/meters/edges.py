@@ -71,7 +71,7 @@ def tick_of(times: list[float], resolution_seconds: float) -> float:
     phases = np.exp(2j * np.pi * np.outer(ticks, (np.array(times) - times[0]) / span))
     centres = phases.mean(axis=1, keepdims=True)
     shares = np.angle(phases * centres.conj()).std(axis=1) if fewest > 1 else ticks
-    return float(span / ticks[np.argmin(shares * ticks)])
+    return float(span / ticks[np.argmin(shares * np.sqrt(ticks))])
 
 
 class TickLine:

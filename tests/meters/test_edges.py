@@ -44,6 +44,7 @@ class Run:
 @settings(deadline=None, max_examples=25)
 @given(st.floats(0.008, 0.4), st.integers(0, 5))
 @example(0.010804528099876356, 3)
+@example(0.0693047547785099, 0)
 def test_the_tick_is_learnt_whatever_it_is(tick: float, seed: int) -> None:
     assert Run(tick, seconds=30.0, seed=seed).pace.tick_seconds == pytest.approx(tick, rel=2e-3)
 
