@@ -259,23 +259,24 @@ class Attributor:
         elif known and activity is not Activity.UNKNOWN:
             idle = joules
             self._learn_idle(window, activity, steady)
-        believed = ratio is not None and dynamic > 0.0 and self._believe(window, ratio, predicted, busy)
-        if believed:
-            attributed = dynamic
-            self._spread(window, parts, attributed)
-        trusted = steady and known and window.doubt in LEARNABLE and (believed or not parts)
+        believed = True
+        if ratio is not None:
+            used = self._plausible(window, ratio, predicted, busy)
+            believed, attributed = used == ratio, used * predicted
+            self._spread(window, parts, attributed, believed)
+        trusted = steady and known and window.doubt in LEARNABLE and believed
         rest = joules - idle - attributed
         account = WindowAccount(window, parts, activity, busy, predicted, attributed, idle, rest, ratio, trusted)
         self._book(account)
         return account
 
-    def _believe(self, window: MeterWindow, ratio: float, predicted: float, busy: float) -> bool:
-        """Whether a window's ratio is plausible. One that is not measures nobody, but moves the recent ratio."""
+    def _plausible(self, window: MeterWindow, ratio: float, predicted: float, busy: float) -> float:
+        """The ratio of a window, or the nearest one that the recent past makes plausible, which it moves."""
         ratios = self._ratios[window.device]
-        used = ratios.plausible(ratio)
+        used = ratios.plausible(max(ratio, 0.0))
         if window.doubt in LEARNABLE:
             ratios.learn(used * predicted, predicted, busy)
-        return used == ratio
+        return used
 
     def _without_given_up(self, window: MeterWindow) -> MeterWindow:
         """A late window less the time whose steps were left to prediction: that energy is nobody's by now."""
@@ -312,8 +313,8 @@ class Attributor:
         if steady and quiet and (asleep or window.doubt in LEARNABLE):
             self._idle[window.device].learn(activity, window.energy_joules or 0.0, window.duration_seconds)
 
-    def _spread(self, window: MeterWindow, parts: Sequence[StepShare], joules: float) -> None:
-        """Give the steps of a window their part of its dynamic energy."""
+    def _spread(self, window: MeterWindow, parts: Sequence[StepShare], joules: float, believed: bool) -> None:
+        """Give the steps of a window their part of its dynamic energy; its interval is as wide where it was bounded."""
         relative = window.sigma_joules / window.energy_joules if window.energy_joules else 0.0
         deviation = math.sqrt(relative * relative + GAIN_DEVIATION**2 + SPLIT_DEVIATION**2)
         weight = sum(share * step.predicted_joules * step.pace_ratio for step, share in parts)
@@ -321,7 +322,7 @@ class Attributor:
         for step, share in parts:
             part = ratio * share * step.pace_ratio
             step.measured_ratio += part
-            step.half_width_ratio += NORMAL_90 * deviation * part
+            step.half_width_ratio += (NORMAL_90 * deviation if believed else 1.0) * part
             step.covered_ratio += share / len(self._windows)
 
     def _book(self, account: WindowAccount) -> None:

@@ -63,7 +63,8 @@ def tick_of(times: list[float], resolution_seconds: float) -> float:
     """Period in seconds of ascending times at its multiples, some missing, each somewhat late. At least two times.
 
     Of the periods that divide the span, the one whose multiples the times miss by the least share of a period, where a
-    shorter period, which few times fit by chance, has to fit the better; none shorter than what the looks resolve, unless the times themselves are closer.
+    shorter period, which few times fit by chance, has to fit the better; none shorter than what the looks resolve,
+    unless the times themselves are closer.
     """
     span = times[-1] - times[0]
     fewest = len(times) - 1
