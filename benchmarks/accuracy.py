@@ -17,7 +17,7 @@ Of each split but the last, about 15 % of the groups are set aside first, never 
 each row predicted once, and comparable with figures that leave nothing aside.
 
 Stalled rows (a mean step over three times the median one) are never learned from; scores are with and without them.
-FOLDER gets accuracy.json, which holds scores alone, and the plots.
+FOLDER gets accuracy.json, which holds scores alone, accuracy.md, the table of the README, and the plots.
 """
 
 from __future__ import annotations
@@ -287,10 +287,36 @@ def tables(result: dict[str, Any]) -> list[Table]:
     return [first, second]
 
 
+NEVER_SEEN = {
+    "unseen architecture": "the architecture",
+    "unseen device": "the device (H100 from B200 and others, and back)",
+    "unseen configuration": "the configuration",
+    OLDER_SPLIT: "the H100, engines of 2024 (from A100 and others; ML.ENERGY v2)",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table of the README: MAPE and coverage, stalled rows left out."""
+    lines = [
+        "| never seen | every row once | cross-validated part | untouched part | Roofline (NNLS) | LightGBM on physics |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, meaning in NEVER_SEEN.items():
+        split = result["splits"][name]
+        every = {method: scores["without_stalled"] for method, scores in split["every_row"].items()}
+        ours, *others = every.values()
+        parts = [split[kind][OURS]["without_stalled"]["mape"] if kind in split else None for kind in KINDS]
+        cells = [f"{ours['mape']:.1f} %, {ours['coverage_90']:.0f} % inside"]
+        cells += ["-" if part is None else f"{part:.1f} %" for part in (*parts, *(o["mape"] for o in others))]
+        lines.append(f"| {meaning} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def write(folder: Path, result: dict[str, Any], found: dict[str, tuple[Part, ...]]) -> None:
     """accuracy.json and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "accuracy.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (folder / "accuracy.md").write_text(markdown(result), encoding="utf-8")
     held = {name: both(parts).predictions for name, parts in found.items()}
     figures.parity(held, NOISE_PERCENT, folder / "parity.png")
     figures.residuals_by_batch(held, NOISE_PERCENT, folder / "residuals_by_batch.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -107,8 +108,6 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 
 def test_the_response_it_shows_keeps_to_the_published_schema() -> None:
-    import json
-
     import jsonschema
 
     block = re.search(r"```json\n(.*?)```", TEXT, re.DOTALL)
@@ -126,3 +125,12 @@ def test_every_metric_stands_in_the_table() -> None:
     from llmco2_vllm.telemetry.metrics import METRICS
 
     assert set(re.findall(r"^\| `(llmco2_\w+)` \|", TEXT, re.MULTILINE)) == set(METRICS)
+
+
+def test_its_table_of_errors_is_the_one_that_the_benchmark_wrote() -> None:
+    from benchmarks.accuracy import markdown
+
+    folder = ROOT / "benchmarks" / "results" / "accuracy"
+    table = markdown(json.loads((folder / "accuracy.json").read_text()))
+    assert table == (folder / "accuracy.md").read_text()
+    assert table in TEXT
