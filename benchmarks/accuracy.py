@@ -297,10 +297,15 @@ NEVER_SEEN = {
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of the README: MAPE and coverage, stalled rows left out."""
-    lines = [
-        "| never seen | every row once | cross-validated part | untouched part | Roofline (NNLS) | LightGBM on physics |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = (
+        "never seen",
+        "every row once",
+        "cross-validated part",
+        "untouched part",
+        "Roofline (NNLS)",
+        "LightGBM on physics",
+    )
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, meaning in NEVER_SEEN.items():
         split = result["splits"][name]
         every = {method: scores["without_stalled"] for method, scores in split["every_row"].items()}
