@@ -217,9 +217,9 @@ def _order(name: str) -> tuple[int, str]:
     return (int(first), name) if first.isdigit() else (0, name)
 
 
-def run(data: Data, recipe: Recipe, progress: Progress, only: Sequence[str] = ()) -> dict[str, tuple[Part, ...]]:
+def run(data: Data, recipe: Recipe, progress: Progress) -> dict[str, tuple[Part, ...]]:
     """(cross-validated, untouched) by split."""
-    every = [pair for pair in splits_of(data) if not only or pair[0].name in only]
+    every = splits_of(data)
     fits = sum(split.fits for pair in every for split in pair)
     bar = progress.add_task("", total=fits * recipe.steps)
     found = {}

@@ -137,15 +137,14 @@ class Metering:
         self.attributor.switched(activity, now)
         self._listener.working(self._busy, self._asleep, now)
 
-    def reset(self, now_seconds: float) -> None:
+    def reset(self) -> None:
         """The ledgers are forgotten; energy goes on being counted."""
-        self.attributor.forget_open(now_seconds)
+        self.attributor.forget_open(self._clock())
 
     def switch(self, on: bool) -> None:
         """The hook is turned off, or on again; in between nobody tells what the devices do."""
-        now = self._clock()
-        self.attributor.forget_open(now)
-        self.attributor.switched(Activity.AWAKE if on else Activity.UNKNOWN, now)
+        self.reset()
+        self.attributor.switched(Activity.AWAKE if on else Activity.UNKNOWN, self._clock())
         self.working(False)
 
     @property

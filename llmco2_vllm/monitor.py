@@ -239,7 +239,7 @@ class StepMonitor:
         if self.metering is not None:
             for request_id in list(self._book.decoding):
                 self._book.interrupt(request_id)
-            self.metering.reset(self._clock())
+            self.metering.reset()
         self._book = self._new_book()
         self._priced = None
         self._tickets.clear()

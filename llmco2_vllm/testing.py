@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import floor
 
-from llmco2_vllm.core.batch import BatchShape, PhaseShape
+from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Rates
 from llmco2_vllm.meters.base import DeviceIdentity, Reading, Vitals
 
@@ -47,8 +47,8 @@ class ConstantPredictor:
     def estimate(self, batch: BatchShape) -> Estimate:
         """Energy by the fixed rates; a batch without tokens costs nothing."""
         return Estimate(
-            _price(batch.prefill, self.prefill),
-            _price(batch.decode, self.decode),
+            self.prefill.joules(batch.prefill),
+            self.decode.joules(batch.decode),
             self.prefill,
             self.decode,
             1.0 if batch.tokens else 0.0,
@@ -56,14 +56,6 @@ class ConstantPredictor:
             self.upper_ratio,
             self.in_distribution,
         )
-
-
-def _price(phase: PhaseShape, rates: Rates) -> float:
-    return (
-        phase.tokens * rates.per_token_joules
-        + phase.pairs * rates.per_pair_joules
-        + phase.samples * rates.per_sample_joules
-    )
 
 
 FAKE_DEVICE = DeviceIdentity("GPU-fake", "Fake GPU", power_basis="instant power")

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from llmco2_vllm.core.metering import Doubt, MeterWindow
+from llmco2_vllm.core.scores import NORMAL_90
 from llmco2_vllm.core.steps import Step, StepShare
 
-# A window whose ratio differs from the recent one by more than this is not believed (start value of METERING).
+# A window's ratio is bounded at this factor from the recent one (start value of METERING).
 LARGEST_RATIO_CHANGE = 3.0
 # Metered busy time before anything is called implausible, and the memory of the recent ratio.
 WARM_UP_SECONDS = 5.0
@@ -31,7 +32,6 @@ IDLE_MEMORY_SECONDS = 60.0
 IDLE_AFTER_SECONDS = 1.0
 # Steps no window has covered after this time are charged by prediction: the meter is late or gone.
 LONGEST_WAIT_SECONDS = 5.0
-NORMAL_90 = 1.6449
 # One standard deviation, relative: gain of a card's sensor (+-5 %, METERING section 1), and of the split of a window
 # over its steps (benchmarks/attribution.py).
 GAIN_DEVIATION = 0.03
@@ -249,13 +249,12 @@ class Attributor:
         predicted = sum(part.share * part.step.predicted_joules for part in parts) / len(self._windows)
         known = window.energy_joules is not None and window.doubt is not Doubt.SHARED
         joules = window.energy_joules or 0.0
-        idle = dynamic = attributed = 0.0
+        idle = attributed = 0.0
         ratio = None
         if known and parts:
             gap = max(0.0, window.duration_seconds - busy)
             idle = min(self._idle[window.device].watts[activity] * gap, max(joules, 0.0))
-            dynamic = joules - idle
-            ratio = dynamic / predicted if predicted > 0.0 else None
+            ratio = (joules - idle) / predicted if predicted > 0.0 else None
         elif known and activity is not Activity.UNKNOWN:
             idle = joules
             self._learn_idle(window, activity, steady)

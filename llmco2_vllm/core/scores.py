@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 Values = Sequence[float] | FloatArray
+# Standard deviations that hold 90 % of a normal distribution.
+NORMAL_90 = 1.6449
 
 
 def relative_errors(predicted: Values, measured: Values) -> FloatArray:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmco2_vllm.core.scores import Scores, score
+from llmco2_vllm.core.scores import NORMAL_90, Scores, score
 from llmco2_vllm.predictor.calibration import Interval
 from llmco2_vllm.training.observation import Observation
 from llmco2_vllm.training.splits import Fold, Group
@@ -36,8 +36,6 @@ Tick = Callable[[], None]
 
 COVERAGE = 0.9
 INNER_FOLDS = 3
-# Standard deviations that hold 90 % of a normal distribution.
-NORMAL_90 = 1.6449
 # Fewer errors than this of one regime say too little about their tenth largest; those of all regimes are pooled.
 LEAST_ERRORS = 40
 PHASES = ("decode", "mixed")
