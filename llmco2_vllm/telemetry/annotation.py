@@ -21,8 +21,6 @@ from llmco2_vllm.telemetry.metered import Figure, total_figure
 SCHEMA: Final = "llmco2/1"
 METHOD: Final = "1.0"
 ATTRIBUTION: Final = "step-kernel/1"
-# Shares of steps add up to one but for rounding.
-WHOLLY_COVERED = 1.0 - 1e-6
 
 
 def _six_digits(value: float) -> float:
@@ -191,7 +189,7 @@ def _estimate(ledger: Ledger, accounting: Accounting) -> dict[str, float | str |
 def _basis(metered: Figure | None) -> str:
     if metered is None:
         return "predicted"
-    return "measured" if metered.coverage_ratio >= WHOLLY_COVERED else "mixed"
+    return "measured" if metered.coverage_ratio == 1.0 else "mixed"
 
 
 def _measured(metered: Figure, accounting: Accounting) -> dict[str, float | None]:

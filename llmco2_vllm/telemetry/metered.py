@@ -17,6 +17,8 @@ from llmco2_vllm.telemetry.ledger import Ledger
 METERED_KEY = "llmco2-metered"
 METERED_VERSION = "1"
 _WIRE = METERED_VERSION + ",%d" + ",%.9g" * 9
+# Nine digits travel, and shares of steps add up to one but for rounding: nearer than this to none or all is that.
+_ROUNDING = 1e-6
 
 
 class Metered(NamedTuple):
@@ -114,10 +116,15 @@ def figure(ledger: Ledger, record: Metered) -> Figure:
         record.prefill_joules + ratio * open_prefill,
         record.decode_joules + ratio * open_decode,
         record.half_width_joules + still_open * widest,
-        min(1.0, max(0.0, covered / (settled + still_open))) if settled + still_open > 0.0 else 0.0,
+        _coverage(covered, settled + still_open),
         record.recomputed_joules,
         record.rejected_draft_joules,
     )
+
+
+def _coverage(covered_joules: float, whole_joules: float) -> float:
+    ratio = covered_joules / whole_joules if whole_joules > 0.0 else 0.0
+    return 0.0 if ratio < _ROUNDING else 1.0 if ratio > 1.0 - _ROUNDING else ratio
 
 
 def total_figure(parts: Iterable[tuple[Ledger, Metered | None]]) -> Figure | None:
@@ -127,6 +134,6 @@ def total_figure(parts: Iterable[tuple[Ledger, Metered | None]]) -> Figure | Non
         return None
     figures = [figure(ledger, record) for ledger, record in items if record is not None]
     whole = sum(f.energy_joules for f in figures)
-    covered = sum(f.energy_joules * f.coverage_ratio for f in figures) / whole if whole > 0.0 else 0.0
+    covered = _coverage(sum(f.energy_joules * f.coverage_ratio for f in figures), whole)
     sums = [sum(column) for column in zip(*figures, strict=True)]
     return Figure(sums[0], sums[1], sums[2], covered, sums[4], sums[5])

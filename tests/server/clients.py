@@ -17,8 +17,6 @@ from openai import DefaultHttpxClient, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from pytest import approx
 
-from llmco2_vllm.telemetry.annotation import WHOLLY_COVERED
-
 MODEL = "smol"
 ENERGY = "llmco2_predicted_energy_joules_total"
 ABORTED = "llmco2_predicted_aborted_energy_joules_total"
@@ -51,7 +49,7 @@ def checked_metered(carbon: Any) -> dict[str, Any]:
         return found
     covered, energy = found["coverage_ratio"], found["energy_joules"]
     assert 0 < covered <= 1
-    assert found["basis"] == ("measured" if covered >= WHOLLY_COVERED else "mixed")
+    assert found["basis"] == ("measured" if covered == 1 else "mixed")
     assert energy["lower"] <= energy["value"] <= energy["upper"]
     assert energy["value"] == approx(energy["prefill"] + energy["decode"], rel=SIX_DIGITS)
     return found

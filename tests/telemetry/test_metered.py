@@ -72,7 +72,7 @@ def test_open_steps_are_predicted_at_the_recent_ratio(share: float) -> None:
     found = figure(LEDGER, record(share, final=False))
     # What is open was predicted by the same half too low, so the sum does not hang on how much is open.
     assert found.energy_joules == pytest.approx(60.0)
-    assert found.coverage_ratio == pytest.approx(share)
+    assert found.coverage_ratio == pytest.approx(share, abs=1e-6)
     # The prediction's interval is the wider one: the less is measured, the wider the whole.
     assert found.half_width_joules == pytest.approx(3.0 * share + (1 - share) * 60.0 * 0.5)
 
@@ -117,6 +117,16 @@ def test_a_request_no_window_covers_is_a_prediction_and_claims_no_measurement() 
         carbon = described(metered)
         assert carbon["basis"] == "predicted"
         assert "energy_joules" not in carbon and "coverage_ratio" not in carbon
+
+
+@given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
+def test_rounding_on_the_wire_makes_no_coverage_and_takes_none(prefill: float, decode: float) -> None:
+    bare = Metered(True, prefill, decode, 0.0, prefill, decode, 0.0, 0.0, prefill + decode, 1.0)
+    assert figure(LEDGER, decode_metered(encode_metered(bare))).coverage_ratio == 0.0
+    assert figure(LEDGER, decode_metered(encode_metered(bare._replace(estimated_joules=1e-9)))).coverage_ratio == 1.0
+    parts = [(LEDGER, decode_metered(encode_metered(bare)))] * 3
+    whole = total_figure(parts)
+    assert whole is not None and whole.coverage_ratio == 0.0
 
 
 def test_a_charge_without_a_meter_has_no_record() -> None:
