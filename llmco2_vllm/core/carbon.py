@@ -33,3 +33,20 @@ def operational_grams(energy_joules: float, grams_per_kwh: float, pue: float = 1
     (https://github.com/Green-Software-Foundation/sci/blob/main/SPEC.md).
     """
     return joules_to_kwh(energy_joules) * pue * grams_per_kwh
+
+
+def sci_grams(operational_grams: float, embodied_grams: float, functional_units: float = 1.0) -> float:
+    """Software Carbon Intensity, g CO2e per functional unit: SCI = ((E * I) + M) / R.
+
+    Args:
+        operational_grams: E * I with a location-based intensity, average or marginal; neither a market-based intensity
+            nor an offset may lower it.
+        embodied_grams: M of the same use.
+        functional_units: R, how many requests, thousands of tokens or units of one's own it served; more than 0.
+
+    Raises ValueError for units that are not more than 0.
+    Source: ISO/IEC 21031:2024, https://github.com/Green-Software-Foundation/sci/blob/main/SPEC.md.
+    """
+    if not functional_units > 0.0:
+        raise ValueError(f"functional_units={functional_units!r} is not possible; allowed: more than 0")
+    return (operational_grams + embodied_grams) / functional_units

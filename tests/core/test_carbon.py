@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmco2_vllm.core.carbon import host_joules, operational_grams
+from llmco2_vllm.core.carbon import host_joules, operational_grams, sci_grams
 
 joules = st.floats(0, 1e9)
 intensity = st.floats(0, 3000)
@@ -38,3 +38,10 @@ def test_no_overhead_adds_no_energy(energy: float) -> None:
 @given(joules, st.floats(0, 5))
 def test_the_host_takes_its_ratio_of_the_device(energy: float, ratio: float) -> None:
     assert energy + host_joules(energy, ratio) == pytest.approx(energy * (1 + ratio))
+
+
+def test_sci_adds_embodied_to_operational_and_divides_by_the_functional_unit() -> None:
+    # SCI for AI, worked example: 6500 kg over 50e9 tokens are 130 g per million.
+    assert sci_grams(6.0e6, 0.5e6, 50e9 / 1e6) == pytest.approx(130.0)
+    with pytest.raises(ValueError, match="functional_units"):
+        sci_grams(1.0, 1.0, 0.0)
