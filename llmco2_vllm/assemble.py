@@ -12,9 +12,13 @@ from typing import Any
 
 from llmco2_vllm.config import ConfigError, Settings
 from llmco2_vllm.core.attribution import Attributor, WindowAccount
+from llmco2_vllm.core.embodied import Hardware, Lifetimes, engine_hardware
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, detect_host, device_by_name
+from llmco2_vllm.core.intensity import Intensity
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.grid.choice import GridChoice, open_chain
+from llmco2_vllm.grid.regions import region
 from llmco2_vllm.metering import HostEnergy, Metering
 from llmco2_vllm.meters.activity import EngineActivity
 from llmco2_vllm.meters.discover import Discovery, Search, open_meter
@@ -27,6 +31,7 @@ from llmco2_vllm.predictor.predict import RooflinePredictor
 from llmco2_vllm.samples import Origin as SampleOrigin
 from llmco2_vllm.samples import SampleFeed, fingerprint
 from llmco2_vllm.store.writer import SampleStore
+from llmco2_vllm.telemetry.accounting import Accountant, Node
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ def check_settings(settings: Settings) -> None:
             device_by_name(settings.device)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"device={settings.device!r} is not possible; {error.args[0]}") from None
+    if settings.intensity is not None and settings.provider not in (None, "constant"):
+        raise ConfigError(f"intensity={settings.intensity!r} is not possible with the provider {settings.provider}")
+    open_accountant(settings, settings.device)
     try:
         _bundle(settings.predictor)
     except (OSError, ValueError) as error:
@@ -82,6 +90,51 @@ def check_settings(settings: Settings) -> None:
             _check_calibration(settings, Calibration.load(settings.calibration))
     except (OSError, ValueError) as error:
         raise ConfigError(f"calibration={str(settings.calibration)!r} is not possible; {error}") from None
+
+
+def open_accountant(
+    settings: Settings,
+    device_name: str | None = None,
+    devices: int = 1,
+    environment: Mapping[str, str] | None = None,
+) -> Accountant:
+    """What turns joules into grams, for engines on ``devices`` devices each; no embodied carbon without a device.
+
+    Raises ConfigError with one line that names the key and what is allowed.
+    """
+    choice = GridChoice(
+        provider=settings.provider or _provider_of(settings), zone=settings.zone, region=settings.region,
+        grams_per_kwh=settings.intensity, file=settings.intensity_file, method=settings.intensity_method,
+        factors=settings.intensity_factors, key_file=settings.key_file, base_url=settings.provider_url,
+        cache=settings.cache,
+    )  # fmt: skip
+    try:
+        chain = open_chain(choice, environment)
+        site = None if settings.region is None else region(settings.region)
+        hardware = _hardware(settings, device_name, devices)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(str(error.args[0])) from None
+    pue, source = settings.pue, None
+    if pue is None and site is not None and site.pue is not None:
+        pue, source = site.pue, site.pue_source
+    node = Node.stated(pue, settings.node_overhead, settings.auxiliary, source)
+    market = None
+    if settings.market_intensity is not None:
+        market = Intensity(settings.market_intensity, settings.zone, "average", "market", "settings", False)
+    return Accountant(chain, market, node, hardware)
+
+
+def _provider_of(settings: Settings) -> str:
+    if settings.intensity is not None:
+        return "constant"
+    return "static" if settings.intensity_file is None else "file"
+
+
+def _hardware(settings: Settings, device_name: str | None, devices: int) -> Hardware | None:
+    if settings.embodied == "none" or device_name is None:
+        return None
+    lifetimes = Lifetimes(settings.lifetime_years, settings.host_lifetime_years)
+    return engine_hardware(device_name, devices, settings.embodied, lifetimes, settings.embodied_idle)
 
 
 def assemble(settings: Settings, deployment: Deployment) -> Meter:

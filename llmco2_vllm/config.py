@@ -31,15 +31,61 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    zone: Annotated[str, Field(pattern=r"^[A-Z]{2,3}(-[A-Za-z0-9]+)*$")] | None = Field(
-        None, description="Grid zone the server stands in, as Electricity Maps names it: FR, US-CAL-CISO"
+    zone: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*$")] | None = Field(
+        None,
+        description="Grid zone the server stands in, as Electricity Maps names it: FR, US-CAL-CISO; "
+        "with the provider watttime a region of WattTime: CAISO_NORTH",
+    )
+    region: Annotated[str, Field(pattern=r"^(aws|azure|gcp):[a-z0-9-]+$")] | None = Field(
+        None, description="Cloud region instead of zone, aws:eu-west-3, azure:... or gcp:...; gives zone and PUE"
+    )
+    provider: Literal["constant", "static", "file", "electricity-maps", "watttime", "uk-carbon-intensity"] | None = (
+        Field(
+            None,
+            description="Source of the carbon intensity: constant, static (yearly averages), file, electricity-maps, "
+            "watttime, uk-carbon-intensity; without it constant, file or static, as intensity or intensity_file is set",
+        )
     )
     intensity: Annotated[float, Field(ge=0, le=3000)] | None = Field(
         None,
-        description="Carbon intensity of the electricity in g CO2e/kWh, 0 to 3000; without it the world average",
+        description="Carbon intensity of the electricity in g CO2e/kWh, 0 to 3000; without it that of the zone",
     )
+    intensity_file: Path | None = Field(
+        None, description="CSV (also .gz) or Parquet with a column datetime_utc and one of g CO2e/kWh"
+    )
+    intensity_method: Literal["average", "marginal"] = Field(
+        "average", description="What intensity or intensity_file hold: average or marginal"
+    )
+    intensity_factors: Literal["lifecycle", "direct"] | None = Field(
+        None, description="What the figures count, lifecycle or direct (combustion alone)"
+    )
+    market_intensity: Annotated[float, Field(ge=0, le=3000)] | None = Field(
+        None,
+        description="Market-based intensity by your contracts in g CO2e/kWh, 0 to 3000; shown beside, never instead",
+    )
+    key_file: Path | None = Field(
+        None, description="File with the provider's key, instead of ELECTRICITY_MAPS_API_KEY or WATTTIME_PASSWORD"
+    )
+    provider_url: Annotated[str, Field(pattern=r"^https?://")] | None = Field(
+        None, description="Another address of the provider's API, such as a proxy: http:// or https://"
+    )
+    cache: Path | None = Field(None, description="Folder in which fetched intensities are kept over restarts")
     pue: Annotated[float, Field(ge=1, le=5)] | None = Field(
-        None, description="Power usage effectiveness of the site, 1 to 5; without it 1.0 (the IT load alone)"
+        None,
+        description="Power usage effectiveness of the site, 1 to 5; without it the region's, else 1.0 (IT load alone)",
+    )
+    embodied: Literal["product", "components", "llmcarbon", "none"] = Field(
+        "product",
+        description="Model of embodied carbon: product (makers' figures), components (HotCarbon'24), llmcarbon, none",
+    )
+    lifetime_years: Annotated[float, Field(ge=3, le=5)] = Field(
+        4.0, description="Years until the devices are written off, 3 to 5"
+    )
+    host_lifetime_years: Annotated[float, Field(ge=3, le=5)] = Field(
+        4.0, description="Years until the host is written off, 3 to 5"
+    )
+    embodied_idle: Literal["line", "busy"] = Field(
+        "line", description="Embodied carbon of idle time: line (of its own) or busy (carried by busy time)"
     )
     device: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Device of the catalog to use in place of the detected one: h100-sxm, cpu, ..."
@@ -67,7 +113,7 @@ class Settings(BaseModel):
     headers: bool = Field(False, description="Add x-carbon-* headers to responses that are not streamed")
     switch: bool = Field(False, description="Let PUT /carbon/hook turn the hook off and on at run time")
 
-    @field_validator("samples")
+    @field_validator("samples", "cache")
     @classmethod
     def _writable_folder(cls, value: Path | None) -> Path | None:
         if value is None:
@@ -81,7 +127,7 @@ class Settings(BaseModel):
             raise ValueError(f"a folder that can be written ({nearest} is not one)")
         return folder
 
-    @field_validator("calibration")
+    @field_validator("calibration", "intensity_file", "key_file")
     @classmethod
     def _existing_file(cls, value: Path | None) -> Path | None:
         file = None if value is None else value.expanduser()

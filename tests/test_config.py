@@ -22,7 +22,19 @@ from llmco2_vllm.vllm_plugin.flags import requested
 
 IMPOSSIBLE = {
     "zone": "france",
+    "region": "eu-west-3",
+    "provider": "the weather",
     "intensity": -1,
+    "intensity_file": "no/such.csv",
+    "key_file": "no/such/key",
+    "intensity_method": "median",
+    "intensity_factors": "all",
+    "market_intensity": -1,
+    "provider_url": "ftp://example.org",
+    "embodied": "guess",
+    "lifetime_years": 2,
+    "host_lifetime_years": 6,
+    "embodied_idle": "nobody",
     "pue": 0.9,
     "device": "",
     "node_overhead": -0.1,
@@ -51,10 +63,11 @@ def test_an_impossible_value_is_named_with_what_is_allowed(key: str) -> None:
 
 
 def test_every_setting_can_be_impossible_in_some_way(tmp_path: Path) -> None:
-    assert IMPOSSIBLE.keys() | {"samples"} == Settings.model_fields.keys()
+    assert IMPOSSIBLE.keys() | {"samples", "cache"} == Settings.model_fields.keys()
     file = tmp_path / "file"
     file.write_text("")
-    assert "samples=" in message_of({"samples": str(file)})
+    for key in ("samples", "cache"):
+        assert f"{key}=" in message_of({key: str(file)})
 
 
 def test_an_unknown_key_is_named_with_the_nearest_one() -> None:

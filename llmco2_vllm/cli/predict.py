@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from llmco2_vllm.assemble import model_config, predictor_of
+from llmco2_vllm.assemble import model_config, open_accountant, predictor_of
+from llmco2_vllm.config import build_settings
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import Topology, device_by_name
@@ -70,7 +71,7 @@ def predict(q: Question) -> dict[str, Any]:
     """Joules, seconds, grams and interval of ``batch`` equal requests served together. Raises ValueError, OSError."""
     spec = ModelSpec.from_config(model_config(q.model))
     priced = predictor_of(q.predictor, spec, device_by_name(q.device), Topology(tensor_parallel=q.tp))
-    accounting = Accounting.from_values(None, q.intensity, q.pue, None)
+    accounting = open_accountant(build_settings(("options", {"intensity": q.intensity, "pue": q.pue}))).now()
     parts = {
         "prefill": _run(priced, _prefill_steps(q.batch, q.prompt)),
         "decode": _run(priced, _decode_steps(q.batch, q.prompt, q.output)),

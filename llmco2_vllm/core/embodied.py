@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmco2_vllm.core.embodied_catalog import Constant, constant, for_device, names_in
+from llmco2_vllm.core.embodied_catalog import Constant, constant, constants, for_device, names_in
 from llmco2_vllm.core.hardware import device_by_name
 from llmco2_vllm.core.units import convert
 
@@ -295,3 +295,66 @@ def _chip(device: str) -> Footprint | None:
     return Footprint(
         "llmcarbon", {family: chip_grams(family)}, ("memory", "circuit board", "power delivery", "cooling")
     )
+
+
+# -------------------------------------------------------------------------------------------------- held hardware
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """Years until devices and their host are written off, 3 to 5; hosts may serve longer than accelerators.
+
+    Source: HotCarbon'24, asymmetric lifetimes of CPU servers and GPUs.
+    """
+
+    devices_years: float = 4.0
+    host_years: float = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """The devices of one engine and their share of the host, written off second by second.
+
+    rate_grams_per_second: of all of it. idle: who carries the time without work. omitted: parts no figure is known of.
+    """
+
+    model: EmbodiedModel
+    rate_grams_per_second: float
+    lifetimes: Lifetimes = Lifetimes()
+    idle: IdlePolicy = "line"
+    omitted: tuple[str, ...] = ()
+
+    def busy_grams(self, busy_seconds: float, utilisation_ratio: float = 1.0) -> float:
+        """Grams of ``busy_seconds`` of the whole hardware; with the policy ``busy`` they carry the idle time beside."""
+        return busy_seconds * grams_per_busy_second(self.rate_grams_per_second, utilisation_ratio, self.idle)
+
+
+def host_share(device: str, model: EmbodiedModel) -> Footprint | None:
+    """Footprint of the server beside ONE such device, without its devices; None when the model has no figure for it.
+
+    Raises ValueError for an unknown device.
+    """
+    name = None if device.strip().lower() == "cpu" else device_by_name(device).name
+    for row in constants().values():
+        if model == "product" and name in row.facts.get("hosts", ()):
+            return Footprint(model, {row.name: row.to("g/part") / row.facts["slots"]}, notes=_stated(row))
+    return None
+
+
+def engine_hardware(
+    device: str, devices: int, model: EmbodiedModel, lifetimes: Lifetimes, idle: IdlePolicy = "line"
+) -> Hardware | None:
+    """What an engine on ``devices`` devices holds; None when the model has no figure for the device, as for CPUs.
+
+    Raises ValueError for a model, device or lifetime that is not possible.
+    """
+    card, host = device_footprint(device, model), host_share(device, model)
+    for years in (lifetimes.devices_years, lifetimes.host_years):
+        lifetime_seconds(years)
+    if card is None:
+        return None
+    holdings = [Holding(card.grams, lifetimes.devices_years, devices)]
+    if host is not None:
+        holdings.append(Holding(host.grams, lifetimes.host_years, devices))
+    omitted = (*card.omitted, *(() if host is not None else ("host",)))
+    return Hardware(model, grams_per_second(holdings), lifetimes, idle, omitted)

@@ -15,7 +15,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from llmco2_vllm.grid.figure import Intensity, Kind, check_grams
+from llmco2_vllm.core.intensity import Intensity, Kind, check_grams
 
 SCHEMA = 1
 

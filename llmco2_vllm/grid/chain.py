@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llmco2_vllm.grid.figure import Intensity
+from llmco2_vllm.core.intensity import Intensity
 from llmco2_vllm.grid.provider import Provider
 
 logger = logging.getLogger("vllm.llmco2")
 
 LONGEST_SLEEP_SECONDS = 60.0
 SHORTEST_SLEEP_SECONDS = 1.0
+# How a span is walked where a figure has no end ahead: in steps so long, and in at most so many.
+STRIDE_SECONDS, MOST_PARTS = 300.0, 500
 
 
 class Chain:
@@ -42,6 +44,24 @@ class Chain:
     def at(self, epoch_seconds: float) -> Intensity | None:
         """The figure of that moment by the first link that knows; None when none does. Memory only."""
         return self._find(epoch_seconds)[1]
+
+    def between(self, begin_epoch_seconds: float, end_epoch_seconds: float) -> list[tuple[Intensity | None, float]]:
+        """The figures of a span in order, each with its seconds; None for what no link knows. Memory only.
+
+        A figure that is held past its time, or missing, is looked for anew every few minutes of the span.
+        """
+        at, found = begin_epoch_seconds, []
+        stride = max(STRIDE_SECONDS, (end_epoch_seconds - begin_epoch_seconds) / MOST_PARTS)
+        while True:
+            figure = self.at(at)
+            until = None if figure is None else figure.valid_to_epoch_seconds
+            lasting = figure is not None and until is None
+            stop = end_epoch_seconds if lasting else until if until is not None and until > at else at + stride
+            stop = min(stop, end_epoch_seconds)
+            found.append((figure, stop - at))
+            if stop >= end_epoch_seconds:
+                return found
+            at = stop
 
     def state(self) -> dict[str, Any]:
         """The figure of now with its age, and of each link whether it answers and why not."""

@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmco2_vllm.core.intensity import Basis, Factors, Kind, Method
 from llmco2_vllm.grid import electricity_maps, uk_carbon_intensity, watttime
 from llmco2_vllm.grid.cache import Cache, cache_folder
 from llmco2_vllm.grid.chain import Chain
 from llmco2_vllm.grid.feed import Feed
-from llmco2_vllm.grid.figure import Basis, Factors, Kind, Method
 from llmco2_vllm.grid.keys import Key
 from llmco2_vllm.grid.live import LiveProvider, Patience
 from llmco2_vllm.grid.provider import Provider

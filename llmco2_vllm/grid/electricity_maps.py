@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmco2_vllm.core.intensity import Factors, Intensity, Kind, check_grams
 from llmco2_vllm.grid.feed import BACKFILL_SECONDS
-from llmco2_vllm.grid.figure import Factors, Intensity, Kind, check_grams
 from llmco2_vllm.grid.keys import Key
 from llmco2_vllm.grid.server import FeedError, Question, Server, entry, epoch_seconds
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from llmco2_vllm.grid.figure import Intensity, Kind
+from llmco2_vllm.core.intensity import Intensity, Kind
 from llmco2_vllm.grid.server import Server
 
 # How far back a gap is filled; the providers give as much at once.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 
-from llmco2_vllm.grid.figure import Intensity
+from llmco2_vllm.core.intensity import Intensity
 
 
 class History:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmco2_vllm.core.intensity import Intensity, Kind
 from llmco2_vllm.grid.cache import Cache
 from llmco2_vllm.grid.feed import Feed
-from llmco2_vllm.grid.figure import Intensity, Kind
 from llmco2_vllm.grid.history import History
 from llmco2_vllm.grid.server import FeedError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from llmco2_vllm.grid.figure import Intensity, Kind
+from llmco2_vllm.core.intensity import Intensity, Kind
 
 
 class Provider(Protocol):

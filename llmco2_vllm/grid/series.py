@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llmco2_vllm.grid.figure import Intensity, Kind, check_grams
+from llmco2_vllm.core.intensity import Intensity, Kind, check_grams
 from llmco2_vllm.grid.history import History
 
 TIME_COLUMNS = ("datetime_utc", "datetime", "epoch_seconds")

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from llmco2_vllm.grid.figure import Intensity, Kind, check_grams
+from llmco2_vllm.core.intensity import Intensity, Kind, check_grams
 from llmco2_vllm.grid.zones import WORLD, check_zone, country, shipped_rows
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from llmco2_vllm.core.intensity import Intensity, Kind
 from llmco2_vllm.grid.electricity_maps import grams
 from llmco2_vllm.grid.feed import BACKFILL_SECONDS
-from llmco2_vllm.grid.figure import Intensity, Kind
 from llmco2_vllm.grid.server import FeedError, Question, Server, entry, epoch_seconds, iso
 
 BASE_URL = "https://api.carbonintensity.org.uk"

@@ -1,67 +1,122 @@
-"""How joules become grams on this server: intensity, PUE and node overhead, with where they come from."""
+"""How joules and held hardware become grams on this server, at the intensity of the time they belong to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 from llmco2_vllm.core.carbon import node_joules, operational_grams
+from llmco2_vllm.core.embodied import Hardware
+from llmco2_vllm.core.intensity import Intensity, mean_intensity
 
-WORLD_AVERAGE_GRAMS_PER_KWH = 475.0
-"""World average of electricity, as CodeCarbon and Alumet use it (IEA, Global Energy & CO2 Status Report 2019,
-https://www.iea.org/reports/global-energy-co2-status-report-2019/emissions)."""
+
+class Grid(Protocol):
+    """Where intensities come from. Looks into memory alone: it is asked on the serving path."""
+
+    def between(self, begin_epoch_seconds: float, end_epoch_seconds: float) -> list[tuple[Intensity | None, float]]:
+        """The figures of a span, each with its seconds; None for a stretch no source knows."""
+
+    def state(self) -> dict[str, Any]:
+        """Who answers, who does not and why; plain JSON values."""
+
+    async def run(self) -> None:
+        """Look for news until cancelled. Never raises."""
 
 
 @dataclass(frozen=True, slots=True)
-class Accounting:
-    """Everything that turns predicted or measured joules into grams CO2e.
+class Node:
+    """What the rest of the node and the site add to the energy of the devices. None where it is not known.
 
-    grams_per_kwh: average carbon intensity, g CO2e/kWh, location-based.
-    zone: grid zone as Electricity Maps names it, None when not stated.
-    source: where the intensity comes from.
-    estimated: the intensity is a stand-in, not stated for this site.
-    pue: power usage effectiveness; None when not set (then 1.0 is used: the IT load alone).
-    node_overhead_ratio: energy of the host's CPUs and memory per joule of device; None when not counted.
-    node_overhead_source: where that comes from: settings, or the meter that measured it.
-    auxiliary_ratio: fans, network and losses per joule of devices and host; None when not counted.
+    pue: power usage effectiveness; without it 1.0 is used, the IT load alone. pue_source: who says so.
+    host_ratio: energy of CPUs and memory per joule of device. host_source: settings, or the meter that measured it.
+    auxiliary_ratio: fans, network and losses per joule of devices and host.
     """
 
-    grams_per_kwh: float
-    zone: str | None
-    source: str
-    estimated: bool
     pue: float | None = None
-    node_overhead_ratio: float | None = None
-    node_overhead_source: str | None = None
+    pue_source: str | None = None
+    host_ratio: float | None = None
+    host_source: str | None = None
     auxiliary_ratio: float | None = None
-    method: Literal["average"] = "average"
-    basis: Literal["location"] = "location"
 
     @classmethod
-    def from_values(
-        cls,
-        zone: str | None,
-        intensity: float | None,
-        pue: float | None,
-        node_overhead: float | None,
-        auxiliary: float | None = None,
-    ) -> Accounting:
-        """Accounting of the settings of the same names; without an intensity the world average, marked estimated."""
-        node = (pue, node_overhead, None if node_overhead is None else "settings", auxiliary)
-        if intensity is None:
-            return cls(WORLD_AVERAGE_GRAMS_PER_KWH, "WORLD", "default:world-average", True, *node)
-        return cls(intensity, zone, "settings", False, *node)
+    def stated(
+        cls, pue: float | None, host_ratio: float | None, auxiliary: float | None, pue_source: str | None = None
+    ) -> Node:
+        """As the settings say."""
+        source = None if pue is None else pue_source or "settings"
+        return cls(pue, source, host_ratio, None if host_ratio is None else "settings", auxiliary)
 
-    def with_host_measured(self, ratio: float | None, source: str) -> Accounting:
+    def with_host_measured(self, ratio: float | None, source: str) -> Node:
         """The same with the host's energy as measured beside that of the devices, unless the settings state it."""
-        if self.node_overhead_source == "settings" or ratio is None:
+        if self.host_source == "settings" or ratio is None:
             return self
-        return replace(self, node_overhead_ratio=ratio, node_overhead_source=source)
+        return replace(self, host_ratio=ratio, host_source=source)
 
-    def operational_grams(self, device_joules: float) -> float:
+
+class Accounting(NamedTuple):
+    """Everything that turns joules and held seconds of one span of time into grams CO2e.
+
+    intensity: location-based; None when no source knows one. market: what contracts say of the same electricity.
+    hardware: what the engine's hardware emitted when it was made, per second; None when not known.
+    utilisation_ratio: busy part of the engine's time, for idle time that busy time carries; None when not known.
+    """
+
+    intensity: Intensity | None
+    market: Intensity | None = None
+    age_seconds: float | None = None
+    node: Node = Node()
+    hardware: Hardware | None = None
+    utilisation_ratio: float | None = None
+
+    def operational_grams(self, device_joules: float) -> float | None:
         """Grams CO2e of using ``device_joules``; what the node and the site add is added here and nowhere else."""
-        joules = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
-        return operational_grams(joules, self.grams_per_kwh, 1.0 if self.pue is None else self.pue)
+        return self._grams(device_joules, self.intensity)
+
+    def market_grams(self, device_joules: float) -> float | None:
+        """The same by the market-based intensity; None without one."""
+        return self._grams(device_joules, self.market)
+
+    def embodied_grams(self, held_seconds: float) -> float | None:
+        """Grams CO2e of holding one engine's hardware for so long; None when it is not known."""
+        hardware = self.hardware
+        if hardware is None or (hardware.idle == "busy" and not self.utilisation_ratio):
+            return None
+        return hardware.busy_grams(held_seconds, min(1.0, self.utilisation_ratio or 1.0))
+
+    def _grams(self, device_joules: float, intensity: Intensity | None) -> float | None:
+        if intensity is None:
+            return None
+        node = self.node
+        joules = node_joules(device_joules, node.host_ratio or 0.0, node.auxiliary_ratio or 0.0)
+        return operational_grams(joules, intensity.grams_per_kwh, 1.0 if node.pue is None else node.pue)
+
+
+@dataclass
+class Accountant:
+    """Answers with the accounting of any span; one per front end.
+
+    ``node`` and ``utilisation_ratio`` change as meters learn.
+    """
+
+    grid: Grid
+    market: Intensity | None = None
+    node: Node = field(default_factory=Node)
+    hardware: Hardware | None = None
+    utilisation_ratio: float | None = None
+    clock: Callable[[], float] = time.time
+
+    def over(self, begin_epoch_seconds: float, end_epoch_seconds: float) -> Accounting:
+        """The accounting of a span: over the turn of an hour its intensity is the mean by time."""
+        intensity = mean_intensity(self.grid.between(begin_epoch_seconds, end_epoch_seconds))
+        age = None if intensity is None else intensity.age_seconds(end_epoch_seconds)
+        return Accounting(intensity, self.market, age, self.node, self.hardware, self.utilisation_ratio)
+
+    def now(self) -> Accounting:
+        """That of this moment."""
+        now = self.clock()
+        return self.over(now, now)
 
 
 class HostShare:

@@ -7,13 +7,13 @@ What is not known is left out: never null, never 0.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
 
-from llmco2_vllm.core.carbon import host_joules
+from llmco2_vllm.core.carbon import host_joules, sci_grams
 from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.ledger import Ledger, RequestLedger, total
 from llmco2_vllm.telemetry.metered import Figure, total_figure
@@ -72,20 +72,50 @@ class MeasuredEnergy(_Part):
 class CarbonGrams(_Part):
     """Emissions of the request in g CO2e; the interval is that of the energy alone."""
 
-    operational: Number = Field(description="Electricity used, site overhead included when pue is given, g CO2e")
-    lower: Number = Field(description="At the lower end of the energy interval, g CO2e")
-    upper: Number = Field(description="At the upper end of the energy interval, g CO2e")
+    operational: Number | SkipJsonSchema[None] = _optional(
+        "Electricity used, location-based, site overhead included when pue is given, g CO2e"
+    )
+    lower: Number | SkipJsonSchema[None] = _optional("operational at the lower end of the energy interval, g CO2e")
+    upper: Number | SkipJsonSchema[None] = _optional("operational at the upper end of the energy interval, g CO2e")
+    operational_market: Number | SkipJsonSchema[None] = _optional(
+        "The same electricity by intensity_market, beside operational and never added to it, g CO2e"
+    )
+    embodied: Number | SkipJsonSchema[None] = _optional("Share of making the hardware, g CO2e")
+    total: Number | SkipJsonSchema[None] = _optional("operational + embodied, where both are known, g CO2e")
+
+
+class Sci(_Part):
+    """Software Carbon Intensity (ISO/IEC 21031): (operational + embodied) per functional unit, of the inference server.
+
+    Location-based; absent where embodied is not known.
+    """
+
+    per_request: Number = Field(description="g CO2e per API call")
+    per_1000_tokens: Number | SkipJsonSchema[None] = _optional("g CO2e per 1000 computed tokens")
 
 
 class Intensity(_Part):
     """Carbon intensity of the electricity."""
 
     grams_per_kwh: Number = Field(description="g CO2e/kWh")
-    zone: str | SkipJsonSchema[None] = _optional("Grid zone as Electricity Maps names it; WORLD for the world average")
-    method: Literal["average"]
-    basis: Literal["location"]
+    zone: str | SkipJsonSchema[None] = _optional("Grid zone as its source names it; WORLD for the world average")
+    method: Literal["average", "marginal"]
+    basis: Literal["location", "market"]
+    factors: Literal["lifecycle", "direct"] | SkipJsonSchema[None] = _optional("What counts; absent: not said")
     source: str = Field(description="Where the value comes from")
-    estimated: bool = Field(description="The value is a stand-in, not one stated for this site")
+    estimated: bool = Field(description="Modelled, forecast, or a stand-in for the site or the hour")
+    age_seconds: Number | SkipJsonSchema[None] = _optional("Since it was last known to hold; absent: without a time")
+
+
+class Embodied(_Part):
+    """How carbon_grams.embodied came about."""
+
+    model: Literal["product", "components", "llmcarbon"] = Field(description="Whose figures of parts are added up")
+    held_seconds: Number = Field(description="Time of the engine's whole hardware that the request held, s")
+    lifetime_years: Number = Field(description="Of the devices, years")
+    host_lifetime_years: Number | SkipJsonSchema[None] = _optional("Of the host, years; absent: no host counted")
+    idle: Literal["line", "busy"] = Field(description="Idle time is a line of its own, or busy time carries it")
+    omitted: list[str] = Field(description="Parts no figure is known of; they are not 0")
 
 
 class NodeOverhead(_Part):
@@ -115,9 +145,13 @@ class Annotation(_Part):
     attribution: Literal["step-kernel/1"] = Field(description="How the energy of a step is split over requests")
     estimate: Estimate
     energy_joules: MeasuredEnergy | SkipJsonSchema[None] = _optional("Metered energy; absent without a meter")
-    carbon_grams: CarbonGrams
-    intensity: Intensity
+    carbon_grams: CarbonGrams | SkipJsonSchema[None] = _optional("Absent while neither part is known")
+    sci: Sci | SkipJsonSchema[None] = _optional("Software Carbon Intensity; absent while a part of it is not known")
+    intensity: Intensity | SkipJsonSchema[None] = _optional("Location-based; absent while no source knows it")
+    intensity_market: Intensity | SkipJsonSchema[None] = _optional("What contracts say; absent where none is stated")
+    embodied: Embodied | SkipJsonSchema[None] = _optional("Absent where no figure of the hardware is known")
     pue: Number | SkipJsonSchema[None] = _optional("Power usage effectiveness of the site; absent: the IT load alone")
+    pue_source: str | SkipJsonSchema[None] = _optional("settings, or whose published figure it is")
     node_overhead: NodeOverhead | SkipJsonSchema[None] = _optional("Rest of the node; absent: devices alone")
     tokens: Tokens
     meter: str = Field(description="Meter in place, none without one")
@@ -147,6 +181,7 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
     metered = total_figure((item.ledger, item.metered) for item in ledgers)
     if metered is not None and metered.coverage_ratio == 0.0:
         metered = None  # no window covers any of it: a prediction, and nothing else
+    grams = _carbon_grams(ledger, metered, accounting)
     document = {
         "schema": SCHEMA,
         "method": METHOD,
@@ -154,10 +189,13 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
         "attribution": ATTRIBUTION,
         "estimate": _estimate(ledger, accounting),
         "energy_joules": None if metered is None else _measured(metered, accounting),
-        "carbon_grams": _carbon_grams(ledger, metered, accounting),
-        "intensity": intensity_document(accounting),
-        "pue": accounting.pue,
-        "node_overhead": _node_overhead(accounting),
+        "carbon_grams": grams or None,
+        "sci": _sci(grams, ledger),
+        **intensity_documents(accounting),
+        "embodied": _embodied(ledger, accounting),
+        "pue": accounting.node.pue,
+        "pue_source": accounting.node.pue_source,
+        "node_overhead": node_document(accounting),
         "tokens": _tokens(ledger),
         "meter": _names(source.meter for source in sources),
         "meter_reason": _names(source.meter_reason for source in sources) or None,
@@ -168,13 +206,23 @@ def annotate(ledgers: Sequence[RequestLedger], accounting: Accounting) -> Annota
     return Annotation.model_validate(document)
 
 
-def intensity_document(accounting: Accounting) -> dict[str, Any]:
-    """The carbon intensity in use, as the annotation shows it."""
-    return {name: getattr(accounting, name) for name in Intensity.model_fields}
+def intensity_documents(accounting: Accounting) -> dict[str, Any]:
+    """The carbon intensities in use, as the annotation shows them."""
+    return {
+        "intensity": _intensity(accounting.intensity, accounting.age_seconds),
+        "intensity_market": _intensity(accounting.market, None),
+    }
+
+
+def _intensity(figure: Any, age_seconds: float | None) -> dict[str, Any] | None:
+    if figure is None:
+        return None
+    names = Intensity.model_fields.keys() - {"age_seconds"}
+    return {**{name: getattr(figure, name) for name in names}, "age_seconds": age_seconds}
 
 
 def _estimate(ledger: Ledger, accounting: Accounting) -> dict[str, float | str | None]:
-    overhead = accounting.node_overhead_ratio
+    overhead = accounting.node.host_ratio
     return {
         "energy_joules": ledger.energy_joules,
         "prefill_joules": ledger.prefill_joules,
@@ -193,7 +241,7 @@ def _basis(metered: Figure | None) -> str:
 
 
 def _measured(metered: Figure, accounting: Accounting) -> dict[str, float | None]:
-    overhead = accounting.node_overhead_ratio
+    overhead = accounting.node.host_ratio
     return {
         "value": metered.energy_joules,
         "lower": max(0.0, metered.energy_joules - metered.half_width_joules),
@@ -207,22 +255,48 @@ def _measured(metered: Figure, accounting: Accounting) -> dict[str, float | None
 
 
 def _carbon_grams(ledger: Ledger, metered: Figure | None, accounting: Accounting) -> dict[str, float]:
+    """What is known of it; empty when nothing is."""
     joules = (ledger.energy_joules, ledger.lower_joules, ledger.upper_joules)
     if metered is not None:
         value, width = metered.energy_joules, metered.half_width_joules
         joules = (value, max(0.0, value - width), value + width)
-    grams = map(accounting.operational_grams, joules)
-    return dict(zip(("operational", "lower", "upper"), grams, strict=True))
+    grams = dict(zip(("operational", "lower", "upper"), map(accounting.operational_grams, joules), strict=True))
+    grams["operational_market"] = accounting.market_grams(joules[0])
+    grams["embodied"] = accounting.embodied_grams(ledger.held_seconds) if ledger.held_seconds else None
+    known = {name: value for name, value in grams.items() if value is not None}
+    if "operational" in known and "embodied" in known:
+        known["total"] = known["operational"] + known["embodied"]
+    return known
 
 
-def _node_overhead(accounting: Accounting) -> dict[str, float | str | None] | None:
-    if accounting.node_overhead_ratio is None and accounting.auxiliary_ratio is None:
+def _sci(grams: Mapping[str, float], ledger: Ledger) -> dict[str, float | None] | None:
+    if "total" not in grams:
+        return None
+    tokens = ledger.prefill_tokens + ledger.decode_tokens
+    parts = grams["operational"], grams["embodied"]
+    return {"per_request": sci_grams(*parts), "per_1000_tokens": sci_grams(*parts, tokens / 1000) if tokens else None}
+
+
+def _embodied(ledger: Ledger, accounting: Accounting) -> dict[str, Any] | None:
+    hardware = accounting.hardware
+    if hardware is None or not ledger.held_seconds or accounting.embodied_grams(0.0) is None:
         return None
     return {
-        "host_ratio": accounting.node_overhead_ratio,
-        "host_source": accounting.node_overhead_source,
-        "auxiliary_ratio": accounting.auxiliary_ratio,
+        "model": hardware.model,
+        "held_seconds": ledger.held_seconds,
+        "lifetime_years": hardware.lifetimes.devices_years,
+        "host_lifetime_years": None if "host" in hardware.omitted else hardware.lifetimes.host_years,
+        "idle": hardware.idle,
+        "omitted": list(hardware.omitted),
     }
+
+
+def node_document(accounting: Accounting) -> dict[str, float | str | None] | None:
+    """What the rest of the node adds, as the annotation shows it; None when nothing is counted."""
+    node = accounting.node
+    if node.host_ratio is None and node.auxiliary_ratio is None:
+        return None
+    return {"host_ratio": node.host_ratio, "host_source": node.host_source, "auxiliary_ratio": node.auxiliary_ratio}
 
 
 def _tokens(ledger: Ledger) -> dict[str, int | None]:

@@ -18,9 +18,9 @@ from llmco2_vllm.core.ledgers import DecodeSums, RequestCharge
 
 KEY = "llmco2"
 SUMS_KEY = "llmco2-sums"
-WIRE_VERSION = "2"
+WIRE_VERSION = "3"
 # One % operation: half the time of an f-string with as many floats, on the scheduler thread.
-_WIRE = WIRE_VERSION + ",%d,%d,%d,%.9g,%.9g,%.9g,%.9g,%d,%d,%d,%d,%d,%d,%d,%s,%s,%s"
+_WIRE = WIRE_VERSION + ",%d,%d,%d" + ",%.9g" * 5 + ",%d" * 7 + ",%s,%s,%s"
 # Differences of these are taken: every digit counts.
 _SUMS_WIRE = WIRE_VERSION + ",%d,%d,%d" + ",%.17g" * 9
 
@@ -42,6 +42,7 @@ class Ledger(NamedTuple):
     ``energy = prefill_joules + decode_joules`` lies in [lower_joules, upper_joules] at 90 %.
     prefill_tokens counts computed tokens, so cached prompt tokens are not in it and tokens
     replayed after a preemption are (they are also counted in recomputed_tokens).
+    held_seconds: of the engine's whole hardware, at the recent seconds per predicted joule; 0 while that is not known.
     context: tokens in the KV cache of a request that is charged through the running sums, else -1.
     """
 
@@ -52,6 +53,7 @@ class Ledger(NamedTuple):
     decode_joules: float = 0.0
     lower_joules: float = 0.0
     upper_joules: float = 0.0
+    held_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
@@ -73,8 +75,13 @@ class Origin(NamedTuple):
     provenance: Provenance
 
 
-def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool, context: int = -1) -> str:
-    """The wire form: comma-separated, version first, joules with nine significant digits."""
+def encode(
+    charge: Ledger | RequestCharge, origin: Origin, final: bool, context: int = -1, seconds_per_joule: float = 0.0
+) -> str:
+    """The wire form: comma-separated, version first, joules with nine significant digits.
+
+    seconds_per_joule: busy time of the engine per predicted joule, recently; a request held its share of that time.
+    """
     e, p = charge, origin.provenance
     return _WIRE % (
         origin.engine,
@@ -84,6 +91,7 @@ def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool, context:
         e.decode_joules,
         e.lower_joules,
         e.upper_joules,
+        seconds_per_joule * e.energy_joules,
         e.prefill_tokens,
         e.decode_tokens,
         e.cached_tokens,
@@ -99,15 +107,14 @@ def encode(charge: Ledger | RequestCharge, origin: Origin, final: bool, context:
 
 def decode(text: str) -> tuple[Ledger, Provenance]:
     """Inverse of :func:`encode`. Raises ValueError on another version or a malformed record."""
-    parts = text.split(",", 17)
+    parts = text.split(",", 18)
     _check_version(parts[0])
-    if len(parts) != 18:
-        raise ValueError(f"ledger with {len(parts)} fields instead of 18")
-    joules = [float(p) for p in parts[4:8]]
-    counts = [int(p) for p in parts[8:15]]
-    prefill, decode, lower, upper = joules
-    ledger = Ledger(int(parts[1]), parts[2] == "1", parts[3] == "1", prefill, decode, lower, upper, *counts)
-    return ledger, Provenance(parts[15], parts[16], parts[17])
+    if len(parts) != 19:
+        raise ValueError(f"ledger with {len(parts)} fields instead of 19")
+    counts = [int(p) for p in parts[9:16]]
+    prefill, decode, lower, upper, held = (float(p) for p in parts[4:9])
+    ledger = Ledger(int(parts[1]), parts[2] == "1", parts[3] == "1", prefill, decode, lower, upper, held, *counts)
+    return ledger, Provenance(parts[16], parts[17], parts[18])
 
 
 def encode_sums(sums: DecodeSums, engine: int) -> str:
@@ -138,12 +145,10 @@ def total(ledgers: Iterable[Ledger]) -> Ledger:
     if not items:
         raise ValueError("no ledgers to add up")
     sums = [sum(column) for column in zip(*(item[3:-1] for item in items), strict=True)]
-    return Ledger(
-        items[0].engine,
-        all(i.final for i in items),
-        all(i.in_distribution for i in items),
-        *sums,
-    )
+    whole = Ledger(items[0].engine, all(i.final for i in items), all(i.in_distribution for i in items), *sums)
+    # The time of a part is not known: neither is that of the whole.
+    unknown = any(i.energy_joules and not i.held_seconds for i in items)
+    return whole._replace(held_seconds=0.0) if unknown else whole
 
 
 @dataclass(slots=True)
@@ -154,6 +159,7 @@ class RequestLedger:
         the front end itself ended the request (stop string) on the output that carried it.
     finished: the request has left the front end; what is predicted no longer changes.
     metered: what a meter said so far (``telemetry.metered.Metered``), None without a meter.
+    begin_epoch_seconds, end_epoch_seconds: when the front end took it up, and when it left.
     """
 
     ledger: Ledger = field(default_factory=Ledger)
@@ -161,6 +167,8 @@ class RequestLedger:
     complete: bool = False
     finished: bool = False
     metered: Any = None
+    begin_epoch_seconds: float = 0.0
+    end_epoch_seconds: float = 0.0
     _begin: DecodeSums | None = None
 
     def receive(self, text: str, sums: Mapping[int, DecodeSums] = _NO_SUMS) -> None:
@@ -184,11 +192,13 @@ class RequestLedger:
             return
         steps = sums.steps - begin.steps
         joules, lower, upper = sums.since(begin, ledger.context - begin.steps)
+        pace = ledger.held_seconds / ledger.energy_joules if ledger.energy_joules else 0.0
         self.ledger = ledger._replace(
             in_distribution=ledger.in_distribution and sums.outside_at <= begin.steps,
             decode_joules=ledger.decode_joules + joules,
             lower_joules=ledger.lower_joules + lower,
             upper_joules=ledger.upper_joules + upper,
+            held_seconds=ledger.held_seconds + joules * pace,
             decode_tokens=ledger.decode_tokens + steps,
             steps=ledger.steps + steps,
             context=ledger.context + steps,

@@ -15,10 +15,20 @@ from weakref import WeakKeyDictionary
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
+from llmco2_vllm.core.embodied import split_idle
+from llmco2_vllm.telemetry.accounting import Accounting
+
 # Relative error of a window's prediction, both signs.
 ERROR_BUCKETS = (-0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 # 0.1 J to 100 kJ in steps of 1-2-5.
 JOULE_BUCKETS = (*(m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)), 1e5)
+# The others in steps of 1-3, to keep the number of series in bounds.
+_BUCKETS = {
+    "llmco2_window_error_ratio": ERROR_BUCKETS,
+    "llmco2_request_carbon_grams": tuple(m * 10.0**e for e in range(-5, 1) for m in (1, 3)),
+    "llmco2_request_energy_joules_per_1000_tokens": tuple(m * 10.0**e for e in range(5) for m in (1, 3)),
+    "llmco2_request_carbon_grams_per_1000_tokens": tuple(m * 10.0**e for e in range(-4, 1) for m in (1, 3)),
+}
 
 
 class Metric(NamedTuple):
@@ -47,6 +57,18 @@ METRICS: dict[str, Metric] = {
         Counter,
         "Operational CO2e of the measured energy of requests, PUE and node overhead as configured.",
         _PHASE,
+    ),
+    "llmco2_market_carbon_grams_total": Metric(
+        Counter, "The same energy by the market-based intensity of the settings; beside the other, never added.", _PHASE
+    ),
+    "llmco2_unpriced_energy_joules_total": Metric(
+        Counter, "Measured energy of requests while no carbon intensity was known; in no grams.", _ENGINE
+    ),
+    "llmco2_idle_carbon_grams_total": Metric(
+        Counter, "Operational CO2e of the measured idle energy, by state of the engine.", (*_ENGINE, "state")
+    ),
+    "llmco2_embodied_carbon_grams_total": Metric(
+        Counter, "Embodied CO2e of the hardware held, by busy and idle time.", (*_ENGINE, "state")
     ),
     "llmco2_metered_energy_joules_total": Metric(
         Counter, "Energy of the engine's devices as counted: requests + idle + sleeping + unattributed.", _ENGINE
@@ -114,8 +136,29 @@ METRICS: dict[str, Metric] = {
     "llmco2_request_predicted_energy_joules": Metric(
         Histogram, "Predicted energy per finished engine request.", _ENGINE
     ),
+    "llmco2_request_energy_joules": Metric(
+        Histogram, "Measured energy per finished engine request; only those that windows cover wholly.", _ENGINE
+    ),
+    "llmco2_request_carbon_grams": Metric(Histogram, "Operational CO2e of the same requests.", _ENGINE),
+    "llmco2_request_energy_joules_per_1000_tokens": Metric(
+        Histogram, "Measured energy per 1000 computed tokens of the same requests.", _ENGINE
+    ),
+    "llmco2_request_carbon_grams_per_1000_tokens": Metric(
+        Histogram, "Operational CO2e per 1000 computed tokens of the same requests.", _ENGINE
+    ),
+    "llmco2_hook_active": Metric(Gauge, "1 while the hook of the engine is on, else 0.", _ENGINE),
     "llmco2_grid_intensity_grams_per_kwh": Metric(
-        Gauge, "Carbon intensity in use, g CO2e per kWh.", ("zone", "source", "method")
+        Gauge, "Carbon intensity in use, g CO2e per kWh, location-based or market-based.", ("basis",)
+    ),
+    "llmco2_grid_intensity_age_seconds": Metric(
+        Gauge, "Since the intensity was last known to hold; absent for one that is stated without a time.", ("basis",)
+    ),
+    "llmco2_grid_intensity_estimated": Metric(
+        Gauge, "1 while the intensity is modelled, a forecast or a stand-in, else 0.", ("basis",)
+    ),
+    "llmco2_grid_intensity_known": Metric(Gauge, "1 while a carbon intensity is known, else 0.", ("basis",)),
+    "llmco2_grid_info": Metric(
+        Gauge, "1 for the source of the intensity in use, 0 for one that was.", ("zone", "source", "method", "basis")
     ),
     "llmco2_build_info": Metric(
         Gauge,
@@ -171,12 +214,13 @@ class Recorder:
         self.identity = identity
         self._metrics = _made.setdefault(registry, {})
         self._seen: dict[tuple[str, str], float] = {}
+        self._sources: dict[str, tuple[str, str, str, str] | None] = {}
         for name, metric in METRICS.items():
             if name in self._metrics:
                 continue
             options: dict[str, Any] = {"registry": registry}
             if metric.kind is Histogram:
-                options["buckets"] = ERROR_BUCKETS if name.endswith("error_ratio") else JOULE_BUCKETS
+                options["buckets"] = _BUCKETS.get(name, JOULE_BUCKETS)
             if metric.kind is Gauge:
                 options["multiprocess_mode"] = "mostrecent"
             self._metrics[name] = metric.kind(name, metric.help, metric.labels, **options)
@@ -186,11 +230,41 @@ class Recorder:
         histogram = self._metrics["llmco2_request_predicted_energy_joules"]
         histogram.labels(self.identity.model_name, str(engine)).observe(energy_joules)
 
-    def intensity(self, grams_per_kwh: float, zone: str, source: str, method: str) -> None:
-        """Show the carbon intensity in use."""
-        self._metrics["llmco2_grid_intensity_grams_per_kwh"].labels(zone, source, method).set(grams_per_kwh)
+    def request_measured(self, engine: int, energy_joules: float, tokens: int, accounting: Accounting) -> None:
+        """Count the measured figure of an engine request that is final and wholly covered."""
+        labels, metrics = (self.identity.model_name, str(engine)), self._metrics
+        thousands = tokens / 1000
+        for name, value in (
+            ("energy_joules", energy_joules),
+            ("carbon_grams", accounting.operational_grams(energy_joules)),
+        ):
+            if value is not None:
+                metrics[f"llmco2_request_{name}"].labels(*labels).observe(value)
+                if thousands:
+                    metrics[f"llmco2_request_{name}_per_1000_tokens"].labels(*labels).observe(value / thousands)
 
-    def engine(self, snapshot: Mapping[str, Any], grams_per_joule: float) -> None:
+    def intensities(self, accounting: Accounting) -> None:
+        """Show the carbon intensities in use."""
+        for basis, figure, age in (
+            ("location", accounting.intensity, accounting.age_seconds),
+            ("market", accounting.market, None),
+        ):
+            source = None if figure is None else (figure.zone or "", figure.source, figure.method, basis)
+            known = self._sources.get(basis)
+            if known is not None and known != source:
+                self._metrics["llmco2_grid_info"].labels(*known).set(0)
+            self._sources[basis] = source or known
+            if figure is not None or known is not None:
+                self._metrics["llmco2_grid_intensity_known"].labels(basis).set(float(figure is not None))
+            if figure is None or source is None:
+                continue
+            self._metrics["llmco2_grid_info"].labels(*source).set(1)
+            self._metrics["llmco2_grid_intensity_grams_per_kwh"].labels(basis).set(figure.grams_per_kwh)
+            self._metrics["llmco2_grid_intensity_estimated"].labels(basis).set(float(figure.estimated))
+            if age is not None:
+                self._metrics["llmco2_grid_intensity_age_seconds"].labels(basis).set(age)
+
+    def engine(self, snapshot: Mapping[str, Any], accounting: Accounting, now_epoch_seconds: float) -> None:
         """Advance the counters by what is new since the last snapshot of this engine.
 
         The snapshot is cumulative, so one that never arrived costs nothing; a restart begins anew.
@@ -198,6 +272,7 @@ class Recorder:
         engine = str(snapshot["engine"])
         labels = (self.identity.model_name, engine)
         source = f"{engine} since {snapshot['started_seconds']}"
+        grams_per_joule = accounting.operational_grams(1.0) or 0.0
         for phase in _PHASES:
             joules = self._new(source, f"{phase}_joules", snapshot[f"{phase}_joules"])
             self._metrics["llmco2_predicted_energy_joules_total"].labels(*labels, phase).inc(joules)
@@ -206,9 +281,13 @@ class Recorder:
             self._metrics["llmco2_tokens_total"].labels(*labels, phase).inc(tokens)
         for name, field in _SNAPSHOT_COUNTERS.items():
             self._metrics[name].labels(*labels).inc(self._new(source, field, snapshot[field]))
+        self._metrics["llmco2_hook_active"].labels(*labels).set(float(snapshot["active"]))
         self.failures(engine, snapshot["failures"])
+        self._embodied(
+            labels, source, accounting, (snapshot["step_seconds"], now_epoch_seconds - snapshot["started_seconds"])
+        )
         if "metered" in snapshot:
-            self._metered(labels, source, snapshot["metered"], grams_per_joule)
+            self._metered(labels, source, snapshot["metered"], accounting)
             self._meter(labels, source, snapshot.get("meter", {}).get("devices", []))
         provenance = snapshot["provenance"]
         self._metrics["llmco2_build_info"].labels(
@@ -219,14 +298,38 @@ class Recorder:
             provenance["meter"],
         ).set(1)
 
+    def _embodied(
+        self, labels: tuple[str, str], source: str, accounting: Accounting, seconds: tuple[float, float]
+    ) -> None:
+        hardware, (busy, up) = (
+            accounting.hardware,
+            (
+                self._new(source, f"{name} for hardware", value)
+                for name, value in zip(("busy", "up"), seconds, strict=True)
+            ),
+        )
+        if hardware is None:
+            return
+        rate = hardware.rate_grams_per_second
+        for state, grams in zip(
+            ("busy", "idle"), split_idle(rate, busy, max(0.0, up - busy), hardware.idle), strict=True
+        ):
+            self._metrics["llmco2_embodied_carbon_grams_total"].labels(*labels, state).inc(grams)
+
     def _metered(
-        self, labels: tuple[str, str], source: str, metered: Mapping[str, Any], grams_per_joule: float
+        self, labels: tuple[str, str], source: str, metered: Mapping[str, Any], accounting: Accounting
     ) -> None:
         metrics, source = self._metrics, f"{source}, metered"
         for phase in _PHASES:
             joules = self._new(source, f"{phase}_joules", metered[f"{phase}_joules"])
             metrics["llmco2_energy_joules_total"].labels(*labels, phase).inc(joules)
-            metrics["llmco2_carbon_grams_total"].labels(*labels, phase).inc(joules * grams_per_joule)
+            grams, market = accounting.operational_grams(joules), accounting.market_grams(joules)
+            if grams is not None:
+                metrics["llmco2_carbon_grams_total"].labels(*labels, phase).inc(grams)
+            else:
+                metrics["llmco2_unpriced_energy_joules_total"].labels(*labels).inc(joules)
+            if market is not None:
+                metrics["llmco2_market_carbon_grams_total"].labels(*labels, phase).inc(market)
         for name, field in _METERED_COUNTERS.items():
             metrics[name].labels(*labels).inc(self._new(source, field, metered[field]))
         for name, field in _METERED_GAUGES.items():
@@ -234,6 +337,8 @@ class Recorder:
         for state, field in _STATES.items():
             joules = self._new(source, field, metered[field])
             metrics["llmco2_idle_energy_joules_total"].labels(*labels, state).inc(joules)
+            if (grams := accounting.operational_grams(joules)) is not None:
+                metrics["llmco2_idle_carbon_grams_total"].labels(*labels, state).inc(grams)
             if state in metered["idle_power_watts"]:
                 metrics["llmco2_idle_power_watts"].labels(*labels, state).set(metered["idle_power_watts"][state])
         trusted = metered["windows"] - metered["doubtful_windows"]

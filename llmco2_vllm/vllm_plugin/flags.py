@@ -123,13 +123,13 @@ def _create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _enable(vllm_config: Any, settings: Any) -> None:
-    from llmco2_vllm.vllm_plugin import frontend
+    from llmco2_vllm.vllm_plugin import output_path
 
     try:
         # Plain attributes: they survive pickling and are no part of any hash.
         setattr(vllm_config, ATTRIBUTE, settings)
         setattr(vllm_config.scheduler_config, ATTRIBUTE, settings)
-        frontend.enable(settings, vllm_config)
+        output_path.enable(settings, vllm_config)
     except Exception as error:
         _not_enabled(error)
 

@@ -10,19 +10,19 @@ import json
 import logging
 import os
 import sqlite3
-import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import llmco2_vllm
 from llmco2_vllm.config import Settings
 from llmco2_vllm.core.ledgers import DecodeSums
-from llmco2_vllm.telemetry.accounting import Accounting, HostShare
-from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_document
+from llmco2_vllm.telemetry.accounting import Accountant, Accounting, HostShare
+from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_documents, node_document
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, RequestLedger, decode_sums
-from llmco2_vllm.telemetry.metered import METERED_KEY, decode_metered
+from llmco2_vllm.telemetry.metered import METERED_KEY, decode_metered, figure
 from llmco2_vllm.telemetry.requests import RequestLog
 from llmco2_vllm.vllm_plugin import compat
 from llmco2_vllm.vllm_plugin.guard import Guard
@@ -40,25 +40,25 @@ _CALL: ContextVar[list[RequestLedger] | None] = ContextVar("llmco2_call", defaul
 class CarbonFrontEnd:
     """Collaborator of the middleware and of the output-processor wrappers; one per process."""
 
-    def __init__(self, settings: Settings, model_name: str) -> None:
+    def __init__(self, settings: Settings, model_name: str, accountant: Accountant) -> None:
         self.settings = settings
         self.model_name = model_name
         self.host_version = compat.host_version()
         self.guard = Guard("front end", self.host_version)
-        self.accounting = Accounting.from_values(
-            settings.zone, settings.intensity, settings.pue, settings.node_overhead, settings.auxiliary
-        )
+        self.accountant = accountant
         self.log = RequestLog(_request_log_path())
         self.self_check = compat.self_check()
         self.engine_client: Callable[[], Any] = lambda: None
         self._counted: dict[str, float] = {}
-        self._late = LateResults(self._rewrite)
+        self._late = LateResults(self._rewrite, self._measured)
         self._host = HostShare()
         # Running sums by engine, and the requests whose ledgers follow them.
         self._sums: dict[int, DecodeSums] = {}
         self._following: dict[str, RequestLedger] = {}
         self._recorder: Any = None
         self._pull: asyncio.Task[None] | None = None
+        self._grid: asyncio.Task[None] | None = None
+        self._pulled_epoch_seconds: float | None = None
 
     # -- what the wrappers call -----------------------------------------------------------
 
@@ -68,7 +68,7 @@ class CarbonFrontEnd:
         if state is None or hasattr(state, "llmco2_ledger"):
             return  # gone already, or a further turn of a session
         parent = state.parent_req
-        ledger = RequestLedger()
+        ledger = RequestLedger(begin_epoch_seconds=self.accountant.clock())
         state.llmco2_ledger = ledger
         siblings: list[RequestLedger] = getattr(parent, _ATTRIBUTE, []) if parent is not None else []
         siblings.append(ledger)
@@ -123,6 +123,7 @@ class CarbonFrontEnd:
                 # Ended here by a stop string: the engine sent what its figures need with this very output.
                 self._ended_here(request_id, joules)
             ledger.complete = ledger.finished = True
+            ledger.end_epoch_seconds = self.accountant.clock()
             self._late.finished(request_id, ledger)
             try:
                 self.recorder.request_finished(engine, joules)
@@ -146,7 +147,7 @@ class CarbonFrontEnd:
         """The live view for a request's output, or None where no ledger was opened."""
         owner = state if state.parent_req is None else state.parent_req
         ledgers = getattr(owner, _ATTRIBUTE, None)
-        return RequestCarbon(ledgers, self.accounting) if ledgers else None
+        return RequestCarbon(ledgers, self.accounting_of) if ledgers else None
 
     # -- what the middleware calls --------------------------------------------------------
 
@@ -158,20 +159,19 @@ class CarbonFrontEnd:
 
     def describe(self, ledgers: Sequence[RequestLedger]) -> str | None:
         """The annotation of a call as JSON text, or None where there is nothing to say."""
-        annotation: Annotation | None = annotate(ledgers, self.accounting)
+        annotation: Annotation | None = annotate(ledgers, self.accounting_of(ledgers))
         return None if annotation is None else annotation.json_text()
 
     def header_values(self, ledgers: Sequence[RequestLedger]) -> list[tuple[bytes, bytes]]:
         """Response headers, none unless the setting ``headers`` is on."""
-        if not self.settings.headers or (annotation := annotate(ledgers, self.accounting)) is None:
+        if not self.settings.headers or (annotation := annotate(ledgers, self.accounting_of(ledgers))) is None:
             return []
         measured = annotation.energy_joules
         joules = annotation.estimate.energy_joules if measured is None else measured.value
-        grams = annotation.carbon_grams.operational
-        return [
-            (b"x-carbon-energy-joules", f"{joules:.6g}".encode()),
-            (b"x-carbon-gco2e", f"{grams:.6g}".encode()),
-        ]
+        headers = [(b"x-carbon-energy-joules", f"{joules:.6g}".encode())]
+        if annotation.carbon_grams is not None and (grams := annotation.carbon_grams.operational) is not None:
+            headers.append((b"x-carbon-gco2e", f"{grams:.6g}".encode()))
+        return headers
 
     def remember(self, response_id: str, annotation_json: str, ledgers: Sequence[RequestLedger] = ()) -> None:
         """Keep a finished request for ``GET /carbon/requests/{id}``; a log that is locked or full costs that alone."""
@@ -180,6 +180,18 @@ class CarbonFrontEnd:
             self.log.remember(response_id, annotation_json)
         except sqlite3.Error as error:
             self.failed("remember", error)
+
+    def _measured(self, ledger: RequestLedger) -> None:
+        """Count a measured figure that no longer changes; a part that is not measured leaves it out."""
+        found = figure(ledger.ledger, ledger.metered)
+        if found.coverage_ratio < 1.0:
+            return
+        tokens = ledger.ledger.prefill_tokens + ledger.ledger.decode_tokens
+        try:
+            accounting = self.accounting_of([ledger])
+            self.recorder.request_measured(ledger.ledger.engine, found.energy_joules, tokens, accounting)
+        except Exception as error:
+            self.failed("request_measured", error)  # costs the histogram, not the annotation
 
     def _rewrite(self, response_id: str, ledgers: Sequence[RequestLedger]) -> None:
         if (text := self.describe(ledgers)) is not None:
@@ -196,9 +208,17 @@ class CarbonFrontEnd:
         self.guard.failed(where, error, switch_off=False)
 
     def started(self) -> None:
-        """Begin the periodic pull, once."""
+        """Begin the periodic pull and the refresh of intensities, once."""
         if self._pull is None and self.engine_client() is not None:
-            self._pull = asyncio.get_running_loop().create_task(self._pull_forever())
+            loop = asyncio.get_running_loop()
+            self._pull = loop.create_task(self._pull_forever())
+            self._grid = loop.create_task(self.accountant.grid.run())
+
+    def accounting_of(self, ledgers: Sequence[RequestLedger]) -> Accounting:
+        """At the intensity of the time in which these requests ran; of now, for one that still runs."""
+        begin = min(ledger.begin_epoch_seconds for ledger in ledgers)
+        ends = [ledger.end_epoch_seconds for ledger in ledgers]
+        return self.accountant.over(begin, max(ends) if all(ends) else max(begin, self.accountant.clock()))
 
     async def snapshots(self) -> list[dict[str, Any]]:
         """The cumulative figures of every engine that has a hook."""
@@ -216,6 +236,9 @@ class CarbonFrontEnd:
         for snapshot in found:
             self._late.settle(snapshot.pop("settled", {}))
         self._count_host(found)
+        uptime = sum(self.accountant.clock() - snapshot["started_seconds"] for snapshot in found)
+        if uptime > 0.0:
+            self.accountant.utilisation_ratio = min(1.0, sum(snapshot["step_seconds"] for snapshot in found) / uptime)
         return found
 
     def _count_host(self, snapshots: Sequence[dict[str, Any]]) -> None:
@@ -224,7 +247,8 @@ class CarbonFrontEnd:
             metered = [snapshot["metered"] for snapshot in snapshots if "metered" in snapshot]
             joules, blind = (sum(m[key] for m in metered) for key in ("metered_joules", "unmetered_seconds"))
             self._host.see(max(host["joules"] for host in hosts), joules, blind)
-            self.accounting = self.accounting.with_host_measured(self._host.ratio, hosts[0]["source"])
+            node = self.accountant.node
+            self.accountant.node = node.with_host_measured(self._host.ratio, hosts[0]["source"])
 
     async def refresh_metrics(self) -> None:
         """Pull now, before a scrape."""
@@ -242,6 +266,7 @@ class CarbonFrontEnd:
         """``GET /carbon``: version, zone, meter, predictor, self-check, engines."""
         engines = await self.snapshots()
         first = engines[0]["provenance"] if engines else {}
+        accounting = self.accountant.now()
         return {
             "version": llmco2_vllm.__version__,
             "vllm_version": self.host_version,
@@ -249,11 +274,13 @@ class CarbonFrontEnd:
             "basis": "measured" if any(e.get("metered", {}).get("windows") for e in engines) else "predicted",
             **first,
             "zone": self.settings.zone,
-            "intensity": intensity_document(self.accounting),
-            "pue": self.settings.pue,
-            "node_overhead": self.accounting.node_overhead_ratio,
-            "node_overhead_source": self.accounting.node_overhead_source,
-            "auxiliary": self.settings.auxiliary,
+            **intensity_documents(accounting),
+            "grid": self.accountant.grid.state(),
+            "pue": accounting.node.pue,
+            "pue_source": accounting.node.pue_source,
+            "node_overhead": node_document(accounting),
+            "embodied": None if accounting.hardware is None else asdict(accounting.hardware),
+            "utilisation_ratio": accounting.utilisation_ratio,
             "front_end": {"active": self.guard.active, "failures": dict(self.guard.failures)},
             "self_check": self.self_check,
             "engines": engines,
@@ -269,14 +296,18 @@ class CarbonFrontEnd:
         return self._recorder
 
     async def _record(self) -> None:
-        accounting, recorder = self.accounting, self.recorder
-        recorder.intensity(accounting.grams_per_kwh, accounting.zone or "", accounting.source, accounting.method)
+        accountant, recorder = self.accountant, self.recorder
         recorder.failures("front_end", self.guard.failures)
         snapshots = await self.snapshots()
+        # What the counters gained since the last pull was used in that time.
+        now = accountant.clock()
+        accounting = accountant.over(min(self._pulled_epoch_seconds or now, now), now)
+        self._pulled_epoch_seconds = now
+        recorder.intensities(accounting)
         if compat.client_index(self.engine_client()) != 0:
             return  # another API server counts the engine-wide figures
         for snapshot in snapshots:
-            recorder.engine(snapshot, accounting.operational_grams(1.0))
+            recorder.engine(snapshot, accounting, now)
 
     async def _pull_forever(self) -> None:
         while True:
@@ -287,114 +318,8 @@ class CarbonFrontEnd:
             await asyncio.sleep(PULL_SECONDS)
 
 
-_front_end: CarbonFrontEnd | None = None
-
-
-def front_end() -> CarbonFrontEnd:
-    """This process's front end. Raises RuntimeError where none was enabled."""
-    if _front_end is None:
-        raise RuntimeError("the carbon meter is not enabled in this process")
-    return _front_end
-
-
-def enable(settings: Settings, vllm_config: Any) -> None:
-    """Make this process a front end and wrap the host's output path, once."""
-    global _front_end
-    names = vllm_config.model_config.served_model_name
-    _front_end = CarbonFrontEnd(settings, names if isinstance(names, str) else names[0])
-    compat.warn_missing(_front_end.self_check)
-    if _front_end.accounting.estimated:
-        logger.warning(
-            "llmco2: no carbon intensity is set; grams use the world average of %g g/kWh and say so "
-            "(--carbon-config.intensity)",
-            _front_end.accounting.grams_per_kwh,
-        )
-    compat.wrap("async_llm", _async_llm_init)
-    compat.wrap("add_request", _add_request)
-    compat.wrap("process_outputs", _process_outputs)
-    compat.wrap("abort_requests", _abort_requests)
-    compat.wrap("new_request_output", _new_request_output)
-    for key in ("embedding_output", "classification_output", "scoring_output"):
-        compat.wrap(key, _from_base)
-
-
 def _request_log_path() -> str:
     # Several API servers share one file, in the folder their metrics already share. Its name must
     # not end in .db: prometheus_client reads every such file there.
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return ":memory:" if shared is None else str(Path(shared) / "llmco2-requests.sqlite")
-
-
-def _async_llm_init(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        original(self, *args, **kwargs)
-        if _front_end is not None:
-            _front_end.engine_client = weakref.ref(self)
-
-    return __init__
-
-
-def _add_request(original: Callable[..., Any]) -> Callable[..., Any]:
-    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, request, *args, **kwargs)
-        if _front_end is not None:
-            _front_end.guard.call("add_request", _front_end.track, self, request)
-        return result
-
-    return add_request
-
-
-def _process_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        front = _front_end
-        if front is None:
-            return original(self, engine_core_outputs, *args, **kwargs)
-        # Before the original: generators may read the ledger right after it.
-        received = front.guard.call("receive", front.receive, self, engine_core_outputs)
-        result = original(self, engine_core_outputs, *args, **kwargs)
-        ended = getattr(result, "reqs_to_abort", ())
-        if received or ended:
-            front.guard.call("settle", front.settle, self, received or (), ended)
-        return result
-
-    return process_outputs
-
-
-def _abort_requests(original: Callable[..., Any]) -> Callable[..., Any]:
-    def abort_requests(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request_ids = original(self, *args, **kwargs)
-        if _front_end is not None:
-            _front_end.guard.call("abort_requests", _front_end.abandoned, request_ids)
-        return request_ids
-
-    return abort_requests
-
-
-def _from_base(original: Callable[..., Any]) -> Callable[..., Any]:
-    def from_base(request_output: Any, *args: Any, **kwargs: Any) -> Any:
-        # The offline pooling calls rebuild their outputs.
-        output = original(request_output, *args, **kwargs)
-        if _front_end is not None:
-            _front_end.guard.call("from_base", _carry_over, request_output, output)
-        return output
-
-    return from_base
-
-
-def _carry_over(request_output: Any, output: Any) -> None:
-    if (carbon := getattr(request_output, "carbon", None)) is not None:
-        output.carbon = carbon
-
-
-def _new_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _new_request_output(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        if _front_end is not None:
-            _front_end.guard.call("request_output", _attach_view, _front_end, self, output)
-        return output
-
-    return _new_request_output
-
-
-def _attach_view(front: CarbonFrontEnd, state: Any, output: Any) -> None:
-    output.carbon = front.carbon_of(state)

@@ -15,10 +15,13 @@ class LateResults:
     """Requests whose figures are not final yet, and the responses that are written anew when they are.
 
     rewrite: called with a response id and its ledgers once all of them are final.
+    final: called with the ledger of each engine request once its figure is final.
     """
 
-    def __init__(self, rewrite: Callable[[str, Sequence[RequestLedger]], None]) -> None:
-        self._rewrite = rewrite
+    def __init__(
+        self, rewrite: Callable[[str, Sequence[RequestLedger]], None], final: Callable[[RequestLedger], None]
+    ) -> None:
+        self._rewrite, self._final = rewrite, final
         self._requests: dict[str, RequestLedger] = {}
         self._responses: dict[str, Sequence[RequestLedger]] = {}
 
@@ -32,7 +35,11 @@ class LateResults:
 
     def finished(self, request_id: str, ledger: RequestLedger) -> None:
         """A request has left the front end."""
-        if ledger.metered is not None and not ledger.metered.final:
+        if ledger.metered is None:
+            return
+        if ledger.metered.final:
+            self._final(ledger)
+        else:
             self._requests[request_id] = ledger
             if len(self._requests) > MOST_WAITING:
                 del self._requests[next(iter(self._requests))]
@@ -50,6 +57,7 @@ class LateResults:
             ledger = self._requests.pop(request_id, None)
             if ledger is not None:
                 ledger.metered = decode_metered(record)
+                self._final(ledger)
         if not records:
             return
         done = [

@@ -111,7 +111,7 @@ class CarbonMiddleware:
         if self._started:
             return self._front_end
         if self._front_end is None:
-            from llmco2_vllm.vllm_plugin.frontend import front_end
+            from llmco2_vllm.vllm_plugin.output_path import front_end
 
             self._front_end = front_end()
         self._started = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmco2_vllm.telemetry.accounting import Accounting
@@ -16,7 +16,9 @@ class RequestCarbon(Mapping[str, Any]):
     A live view: it sums the ledgers of all sequences of the request (n > 1) each time it is read.
     """
 
-    def __init__(self, ledgers: Sequence[RequestLedger], accounting: Accounting) -> None:
+    def __init__(
+        self, ledgers: Sequence[RequestLedger], accounting: Callable[[Sequence[RequestLedger]], Accounting]
+    ) -> None:
         self._ledgers = ledgers
         self._accounting = accounting
 
@@ -26,7 +28,7 @@ class RequestCarbon(Mapping[str, Any]):
         return total(item.ledger for item in self._ledgers)
 
     def _document(self) -> dict[str, Any]:
-        annotation = annotate(self._ledgers, self._accounting)
+        annotation = annotate(self._ledgers, self._accounting(self._ledgers))
         return {} if annotation is None else annotation.document()
 
     def __getitem__(self, key: str) -> Any:

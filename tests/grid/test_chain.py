@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmco2_vllm.core.intensity import Basis, Factors, Intensity, Kind, Method
 from llmco2_vllm.grid.cache import Cache
 from llmco2_vllm.grid.chain import Chain
-from llmco2_vllm.grid.figure import Basis, Factors, Intensity, Kind, Method
 from llmco2_vllm.grid.stated import ConstantProvider, TableProvider
 from llmco2_vllm.testing import FakeClock
 from tests.grid.answers import HOUR, NOW, electricity_maps
@@ -281,3 +281,29 @@ async def test_a_folder_that_cannot_be_written_costs_the_cache_alone(
 def test_a_constant_needs_no_rounds() -> None:
     chain = Chain([ConstantProvider(56, Kind("FR"))], FakeClock(NOW))
     assert chain.state()["answers"] == "constant" and chain.at(0) == chain.current
+
+
+@given(st.floats(0, 1e5), st.floats(0, 2e5))
+def test_the_parts_of_a_span_tile_it_and_each_is_what_was_known_of_its_begin(begin: float, seconds: float) -> None:
+    class Hourly(Spoken):
+        """Knows two hours of three."""
+
+        def at(self, epoch_seconds: float) -> Intensity | None:
+            hour = epoch_seconds // HOUR
+            ends = (hour * HOUR, (hour + 1) * HOUR)
+            return None if hour % 3 == 2 else Intensity(hour, None, "average", "location", "hourly", False, *ends)
+
+    chain = Chain([Hourly("hourly")], FakeClock(NOW))
+    parts = chain.between(begin, begin + seconds)
+    assert sum(length for _, length in parts) == pytest.approx(seconds, abs=1e-6)
+    at = begin
+    for figure, length in parts:
+        assert figure == chain.at(at)
+        if figure is not None and length > 0:
+            assert at + length <= (figure.valid_to_epoch_seconds or 0.0) + 1e-6
+        at += length
+
+
+def test_a_figure_without_an_end_is_asked_for_once_however_long_the_span() -> None:
+    chain = Chain([ConstantProvider(56.0)], FakeClock(NOW))
+    assert [length for _, length in chain.between(0.0, 1e9)] == [1e9]

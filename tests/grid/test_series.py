@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmco2_vllm.core.carbon import operational_grams
+from llmco2_vllm.core.intensity import Kind
 from llmco2_vllm.grid.chain import Chain
 from llmco2_vllm.grid.choice import GridChoice, open_chain
-from llmco2_vllm.grid.figure import Kind
 from llmco2_vllm.grid.series import SeriesProvider, read_series
 from llmco2_vllm.testing import FakeClock
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmco2_vllm.core.intensity import Kind
 from llmco2_vllm.grid.choice import GridChoice, open_chain
-from llmco2_vllm.grid.figure import Kind
 from llmco2_vllm.grid.regions import check_regions, load_regions, region, shipped_regions
 from llmco2_vllm.grid.stated import ConstantProvider, TableProvider, sources, year_begin
 from llmco2_vllm.grid.zones import check_zone, country, known_zones, near, shipped_rows

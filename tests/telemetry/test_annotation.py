@@ -16,9 +16,12 @@ from llmco2_vllm.telemetry.annotation import Annotation, annotate, json_schema
 from llmco2_vllm.telemetry.ledger import Ledger, Provenance, RequestLedger
 
 PUBLISHED = json.loads((files("llmco2_vllm") / "data" / "annotation.schema.json").read_text())
-WORLD = Accounting.from_values(None, None, None, None)
+from tests.telemetry.books import accounting, with_hardware
+
+WORLD = accounting()
 joules = st.floats(0, 1e7)
 counts = st.integers(0, 10**6)
+held = st.just(0.0) | st.floats(1e-6, 1e4)
 
 
 @st.composite
@@ -27,29 +30,38 @@ def ledgers(draw: st.DrawFn) -> RequestLedger:
     energy = prefill + decode
     lower, upper = energy * draw(st.floats(0, 1)), energy * draw(st.floats(1, 4))
     tokens = [draw(counts) for _ in range(6)]
-    ledger = Ledger(draw(st.integers(0, 7)), True, draw(st.booleans()), prefill, decode, lower, upper, *tokens)
+    ledger = Ledger(
+        draw(st.integers(0, 7)), True, draw(st.booleans()), prefill, decode, lower, upper, draw(held), *tokens
+    )
     source = Provenance(draw(st.sampled_from(["roofline/1-h100", "roofline/1-cpu"])), "none", "no NVML library")
     return RequestLedger(ledger, source, complete=True, finished=True)
 
 
 accountings = st.builds(
-    Accounting.from_values,
+    accounting,
     st.none() | st.sampled_from(["FR", "US-CAL-CISO"]),
     st.none() | st.floats(0, 3000),
     st.none() | st.floats(1, 5),
     st.none() | st.floats(0, 5),
+) | st.builds(
+    with_hardware,
+    st.floats(0, 3000),
+    embodied=st.sampled_from(["product", "components", "llmcarbon"]),
+    embodied_idle=st.sampled_from(["line", "busy"]),
+    market_intensity=st.none() | st.floats(0, 3000),
+    intensity_method=st.sampled_from(["average", "marginal"]),
 )
 
 
 def request(prefill: float = 6.0, decode: float = 34.0, **more: Any) -> RequestLedger:
     energy = prefill + decode
-    ledger = Ledger(3, True, True, prefill, decode, energy * 0.8, energy * 1.3, 512, 128, 64, 0, 0, 129)
+    ledger = Ledger(3, True, True, prefill, decode, energy * 0.8, energy * 1.3, 0.5, 512, 128, 64, 0, 0, 129)
     fields = {"provenance": Provenance("roofline/1-h100", "none", "no NVML library"), "complete": True} | more
     return RequestLedger(ledger, **fields)
 
 
-def described(items: list[RequestLedger], accounting: Accounting = WORLD) -> dict[str, Any]:
-    annotation = annotate(items, accounting)
+def described(items: list[RequestLedger], rates: Accounting = WORLD) -> dict[str, Any]:
+    annotation = annotate(items, rates)
     assert annotation is not None
     return dict(json.loads(annotation.json_text()))
 
@@ -71,13 +83,13 @@ def test_the_published_schema_is_a_schema_and_knows_no_null() -> None:
 
 
 @given(st.lists(ledgers(), min_size=1, max_size=4), accountings)
-def test_every_annotation_follows_the_published_schema(items: list[RequestLedger], accounting: Accounting) -> None:
-    jsonschema.validate(described(items, accounting), PUBLISHED)
+def test_every_annotation_follows_the_published_schema(items: list[RequestLedger], rates: Accounting) -> None:
+    jsonschema.validate(described(items, rates), PUBLISHED)
 
 
 @given(st.lists(ledgers(), min_size=1, max_size=4), accountings)
-def test_json_text_and_document_say_the_same_on_one_line(items: list[RequestLedger], accounting: Accounting) -> None:
-    annotation = annotate(items, accounting)
+def test_json_text_and_document_say_the_same_on_one_line(items: list[RequestLedger], rates: Accounting) -> None:
+    annotation = annotate(items, rates)
     assert annotation is not None
     text = annotation.json_text()
     assert json.loads(text) == annotation.document()
@@ -86,38 +98,83 @@ def test_json_text_and_document_say_the_same_on_one_line(items: list[RequestLedg
 
 
 @given(st.lists(ledgers(), min_size=1, max_size=4), accountings)
-def test_energy_is_the_sum_of_the_requests_and_of_its_phases(
-    items: list[RequestLedger], accounting: Accounting
-) -> None:
-    estimate = described(items, accounting)["estimate"]
+def test_energy_is_the_sum_of_the_requests_and_of_its_phases(items: list[RequestLedger], rates: Accounting) -> None:
+    estimate = described(items, rates)["estimate"]
     assert estimate["energy_joules"] == pytest.approx(sum(i.ledger.energy_joules for i in items), rel=1e-5)
     phases = estimate["prefill_joules"] + estimate["decode_joules"]
     assert estimate["energy_joules"] == pytest.approx(phases, rel=2e-5)
 
 
 @given(ledgers(), accountings)
-def test_grams_lie_in_their_interval_and_follow_the_energy(item: RequestLedger, accounting: Accounting) -> None:
-    carbon = described([item], accounting)["carbon_grams"]
+def test_grams_lie_in_their_interval_and_follow_the_energy(item: RequestLedger, rates: Accounting) -> None:
+    carbon = described([item], rates)["carbon_grams"]
     assert carbon["lower"] <= carbon["operational"] <= carbon["upper"]
-    joules_of_node = item.ledger.energy_joules * (1 + (accounting.node_overhead_ratio or 0))
-    grams = joules_of_node / 3.6e6 * (accounting.pue or 1) * accounting.grams_per_kwh
+    assert rates.intensity is not None
+    joules_of_node = item.ledger.energy_joules * (1 + (rates.node.host_ratio or 0))
+    grams = joules_of_node / 3.6e6 * (rates.node.pue or 1) * rates.intensity.grams_per_kwh
     assert carbon["operational"] == pytest.approx(grams, rel=1e-5)
 
 
 def test_node_overhead_is_shown_and_counted_once() -> None:
-    plain = described([request()], Accounting.from_values("FR", 56, 1.2, None))
-    whole = described([request()], Accounting.from_values("FR", 56, 1.2, 0.5))
+    plain = described([request()], accounting("FR", 56, 1.2))
+    whole = described([request()], accounting("FR", 56, 1.2, 0.5))
     assert "host_joules" not in plain["estimate"]
     assert whole["estimate"]["host_joules"] == pytest.approx(20)
     assert whole["estimate"]["energy_joules"] == plain["estimate"]["energy_joules"]
     assert whole["carbon_grams"]["operational"] == pytest.approx(1.5 * plain["carbon_grams"]["operational"], rel=1e-5)
 
 
+@given(ledgers(), st.floats(0, 3000), st.none() | st.floats(0, 3000))
+def test_sci_is_operational_and_embodied_and_no_contract_lowers_it(
+    item: RequestLedger, grams: float, market: float | None
+) -> None:
+    carbon = described([item], with_hardware(grams, market_intensity=market))
+    parts = carbon["carbon_grams"]
+    assert ("sci" in carbon) == ("embodied" in parts) == ("embodied" in carbon) == (item.ledger.held_seconds > 0)
+    assert ("operational_market" in parts) == ("intensity_market" in carbon) == (market is not None)
+    assert carbon["intensity"]["basis"] == "location"
+    if "sci" not in carbon:
+        assert "total" not in parts
+        return
+    assert parts["total"] == pytest.approx(parts["operational"] + parts["embodied"], rel=1e-5)
+    assert carbon["sci"]["per_request"] == parts["total"]
+    tokens = item.ledger.prefill_tokens + item.ledger.decode_tokens
+    assert ("per_1000_tokens" in carbon["sci"]) == (tokens > 0)
+    if tokens:
+        assert carbon["sci"]["per_1000_tokens"] == pytest.approx(parts["total"] / tokens * 1000, rel=1e-5)
+
+
+def test_embodied_carbon_of_a_second_is_the_cards_and_its_share_of_the_host() -> None:
+    # 164 kg for the card and 5700 kg / 8 for its host over 4 years of 365 days.
+    carbon = described([request()], with_hardware())
+    assert carbon["carbon_grams"]["embodied"] == pytest.approx(0.5 * (164e3 + 5700e3 / 8) / (4 * 365 * 86400), rel=1e-5)
+    assert carbon["embodied"] == {
+        "model": "product", "held_seconds": 0.5, "lifetime_years": 4, "host_lifetime_years": 4, "idle": "line", "omitted": [],
+    }  # fmt: skip
+    longer = described([request()], with_hardware(lifetime_years=5, host_lifetime_years=5))
+    assert longer["carbon_grams"]["embodied"] == pytest.approx(0.8 * carbon["carbon_grams"]["embodied"], rel=1e-5)
+
+
+def test_idle_time_that_busy_time_carries_waits_until_the_utilisation_is_known() -> None:
+    rates = with_hardware(embodied_idle="busy")
+    assert "embodied" not in described([request()], rates)["carbon_grams"]
+    half = described([request()], rates._replace(utilisation_ratio=0.5))["carbon_grams"]["embodied"]
+    assert half == pytest.approx(2 * described([request()], with_hardware())["carbon_grams"]["embodied"], rel=1e-5)
+
+
+def test_without_an_intensity_energy_is_told_and_no_grams_are() -> None:
+    carbon = described([request()], WORLD._replace(intensity=None))
+    assert carbon["estimate"]["energy_joules"] == 40.0
+    assert not {"carbon_grams", "intensity", "sci"} & carbon.keys()
+    with_embodied = described([request()], with_hardware()._replace(intensity=None))
+    assert with_embodied["carbon_grams"].keys() == {"embodied"}
+
+
 def test_what_is_not_known_is_left_out() -> None:
     shown = described([request()])
     assert not shown.keys() & {"energy_joules", "coverage_ratio", "pue", "engine"}
     assert "rejected_drafts" not in shown["tokens"]
-    unnamed = described([request(provenance=Provenance("roofline/1", "none"))], Accounting.from_values(None, 56, 1, 0))
+    unnamed = described([request(provenance=Provenance("roofline/1", "none"))], accounting(None, 56, 1, 0))
     assert "meter_reason" not in unnamed and "zone" not in unnamed["intensity"]
     assert unnamed["pue"] == 1 and unnamed["estimate"]["host_joules"] == 0
 

@@ -27,21 +27,33 @@ from llmco2_vllm.testing import ConstantPredictor
 joules = st.floats(0, 1e12)
 counts = st.integers(0, 1 << 40)
 flags = [st.booleans()] * 2
-ledgers = st.builds(Ledger, st.integers(0, 512), *flags, *[joules] * 4, *[counts] * 6, st.integers(-1, 9))
+held = st.floats(1e-9, 1e6)
+ledgers = st.builds(Ledger, st.integers(0, 512), *flags, *[joules] * 4, held, *[counts] * 6, st.integers(-1, 9))
 SUMMED = Ledger._fields[3:-1]
 names = st.text(st.characters(codec="ascii", exclude_characters=",", categories=("L", "N", "P")), max_size=20)
 provenances = st.builds(Provenance, names, names, st.text(max_size=40))
 
 
-@given(ledgers, provenances)
-def test_a_ledger_survives_the_wire(ledger: Ledger, provenance: Provenance) -> None:
-    there, source = decode(encode(ledger, Origin(ledger.engine, provenance), ledger.final, ledger.context))
+@given(ledgers, provenances, st.floats(0, 10))
+def test_a_ledger_survives_the_wire(ledger: Ledger, provenance: Provenance, pace: float) -> None:
+    there, source = decode(encode(ledger, Origin(ledger.engine, provenance), ledger.final, ledger.context, pace))
     assert source == provenance
-    assert there[:3] == ledger[:3] and there[7:] == ledger[7:]
+    assert there[:3] == ledger[:3] and there[8:] == ledger[8:]
     assert there[3:7] == pytest.approx(ledger[3:7], rel=1e-8)
+    assert there.held_seconds == pytest.approx(pace * ledger.energy_joules, rel=1e-8)
 
 
-@pytest.mark.parametrize("text", ["", "1,0", "2,0,1", "2" + ",x" * 17])
+@given(st.lists(ledgers.filter(lambda ledger: ledger.energy_joules > 0), min_size=2, max_size=4), st.data())
+def test_the_time_held_by_a_call_is_unknown_as_soon_as_it_is_for_a_part(
+    items: list[Ledger], data: st.DataObject
+) -> None:
+    assert total(items).held_seconds == pytest.approx(sum(item.held_seconds for item in items))
+    silent = data.draw(st.sampled_from(range(len(items))))
+    items[silent] = items[silent]._replace(held_seconds=0.0)
+    assert total(items).held_seconds == 0.0
+
+
+@pytest.mark.parametrize("text", ["", "1,0", "3,0,1", "3" + ",x" * 18])
 def test_another_version_or_a_malformed_record_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         decode(text)
@@ -65,7 +77,7 @@ def test_a_ledger_that_follows_the_sums_says_what_the_engines_own_says(prompt: i
     book.enter("a")
     for run in runs:
         book.settle(charge)
-        live.receive(encode(charge, origin, final=False, context=charge.computed), {3: book.sums})
+        live.receive(encode(charge, origin, False, charge.computed, 0.25), {3: book.sums})
         assert live.follows_sums
         for per_token, per_pair, repeats, inside in run:
             rates = Rates(per_token, per_pair, 0.25 * per_token)
@@ -73,6 +85,7 @@ def test_a_ledger_that_follows_the_sums_says_what_the_engines_own_says(prompt: i
         live.settle(decode_sums(encode_sums(book.sums, 3))[1])
         book.settle(charge)
         ledger = live.ledger
+        assert ledger.held_seconds == pytest.approx(0.25 * ledger.energy_joules, rel=1e-6)
         assert ledger[3:7] == pytest.approx(
             (charge.prefill_joules, charge.decode_joules, charge.lower_joules, charge.upper_joules), rel=1e-7
         )

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.settlement import Account, Settlement
-from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.annotation import annotate
 from llmco2_vllm.telemetry.ledger import Ledger, Provenance, RequestLedger
 from llmco2_vllm.telemetry.metered import (
@@ -22,6 +21,7 @@ from llmco2_vllm.telemetry.metered import (
     metered_of,
     total_figure,
 )
+from tests.telemetry.books import accounting
 
 joules = st.floats(0, 1e6)
 records = st.builds(
@@ -29,8 +29,8 @@ records = st.builds(
     st.booleans(), joules, joules, joules, joules, joules, joules, joules, joules,
     st.floats(0.01, 100),
 )  # fmt: skip
-LEDGER = Ledger(0, True, True, 10.0, 30.0, 30.0, 60.0, 100, 50, 0, 0, 0, 50)
-WORLD = Accounting.from_values(None, None, None, None)
+LEDGER = Ledger(0, True, True, 10.0, 30.0, 30.0, 60.0, 0.5, 100, 50, 0, 0, 0, 50)
+WORLD = accounting()
 
 
 def record(share: float = 1.0, final: bool = True, estimated: float = 0.0) -> Metered:

@@ -16,7 +16,9 @@ from llmco2_vllm.core.attribution import Attributor
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import EngineTotals
 from llmco2_vllm.telemetry.metrics import JOULE_BUCKETS, METRICS, Identity, Recorder
+from tests.telemetry.books import accounting, with_hardware
 
+WORLD = accounting()
 IDENTITY = Identity("a model", "0.1.0", "0.32.0")
 
 
@@ -25,6 +27,7 @@ def snapshot(engine: int = 0, **values: Any) -> dict[str, Any]:
         "engine": engine,
         "started_seconds": 1.0,
         "provenance": {"predictor": "roofline/1-cpu", "meter": "none", "meter_reason": "why"},
+        "active": True,
         "failures": {},
         "hook_seconds": 0.0,
         **asdict(EngineTotals()),
@@ -49,37 +52,37 @@ def test_snapshots_that_get_lost_cost_nothing(gains: list[float], lost: set[int]
     for i, gain in enumerate(gains):
         joules += gain
         if i not in lost or i == len(gains) - 1:
-            recorder.engine(snapshot(prefill_joules=joules), 0.0)
+            recorder.engine(snapshot(prefill_joules=joules), WORLD, 10.0)
     assert energy(registry, "0", "prefill") == pytest.approx(joules)
 
 
 def test_an_engine_that_began_anew_is_counted_from_zero() -> None:
     recorder, registry = make()
     for started, joules in ((1.0, 10.0), (2.0, 4.0), (2.0, 5.0)):
-        recorder.engine(snapshot(decode_joules=joules, started_seconds=started), 0.0)
+        recorder.engine(snapshot(decode_joules=joules, started_seconds=started), WORLD, 10.0)
     assert energy(registry, "0", "decode") == pytest.approx(15.0)
 
 
 def test_a_snapshot_that_was_overtaken_brings_nothing() -> None:
     recorder, registry = make()
     for joules in (10.0, 4.0, 12.0):
-        recorder.engine(snapshot(decode_joules=joules), 0.0)
+        recorder.engine(snapshot(decode_joules=joules), WORLD, 10.0)
     assert energy(registry, "0", "decode") == pytest.approx(12.0)
 
 
 def test_engines_are_counted_apart() -> None:
     recorder, registry = make()
-    recorder.engine(snapshot(0, decode_joules=1.0), 0.0)
-    recorder.engine(snapshot(1, decode_joules=2.0), 0.0)
+    recorder.engine(snapshot(0, decode_joules=1.0), WORLD, 10.0)
+    recorder.engine(snapshot(1, decode_joules=2.0), WORLD, 10.0)
     assert (energy(registry, "0", "decode"), energy(registry, "1", "decode")) == (1.0, 2.0)
 
 
 def test_grams_are_joules_times_the_factor_of_the_moment() -> None:
     recorder, registry = make()
-    recorder.engine(snapshot(decode_joules=10.0), 0.5)
-    recorder.engine(snapshot(decode_joules=20.0), 0.1)
+    recorder.engine(snapshot(decode_joules=3.6e6), accounting(intensity=200), 10.0)
+    recorder.engine(snapshot(decode_joules=7.2e6), accounting(intensity=400), 10.0)
     labels = {"model_name": "a model", "engine": "0", "phase": "decode"}
-    assert registry.get_sample_value("llmco2_predicted_carbon_grams_total", labels) == pytest.approx(6.0)
+    assert registry.get_sample_value("llmco2_predicted_carbon_grams_total", labels) == pytest.approx(600.0)
 
 
 def test_names_keep_to_the_conventions() -> None:
@@ -106,9 +109,13 @@ def test_every_metric_of_the_table_is_fed() -> None:
     recorder, registry = make()
     device = {"source": "counter", "power_watts": 300.0, "faults": {"device lost": 1}}
     meter = {"devices": [device]}
-    recorder.engine(snapshot(failures={"schedule": 1}, steps=3, metered=metered(), meter=meter), 0.1)
+    whole = with_hardware(market_intensity=20)._replace(age_seconds=7.0)
+    recorder.engine(snapshot(failures={"schedule": 1}, steps=3, metered=metered(), meter=meter), whole, 10.0)
+    unpriced = metered(decode_joules=1.0)
+    recorder.engine(snapshot(step_seconds=2.0, metered=unpriced), whole._replace(intensity=None), 20.0)
     recorder.request_finished(0, 3.0)
-    recorder.intensity(56.0, "FR", "settings", "average")
+    recorder.intensities(whole)
+    recorder.request_measured(0, 12.0, 100, WORLD)
     text = generate_latest(registry).decode()
     for name in METRICS:
         assert re.search(rf"^{name}(_sum|_bucket)?{{", text, re.MULTILINE), name
@@ -116,17 +123,64 @@ def test_every_metric_of_the_table_is_fed() -> None:
 
 def test_without_a_meter_no_measured_family_has_a_value() -> None:
     recorder, registry = make()
-    recorder.engine(snapshot(decode_joules=3.0), 0.1)
+    recorder.engine(snapshot(decode_joules=3.0), WORLD, 10.0)
     text = generate_latest(registry).decode()
     assert not re.search(
         r"^llmco2_(energy|metered|idle|carbon|power|meter|window|unattributed)\w*{", text, re.MULTILINE
     )
 
 
+def test_energy_without_a_known_intensity_is_in_no_grams_and_is_said() -> None:
+    recorder, registry = make()
+    rates = accounting(intensity=360)
+    recorder.engine(snapshot(metered=metered(decode_joules=1e4)), rates, 10.0)
+    recorder.engine(snapshot(metered=metered(decode_joules=5e4)), rates._replace(intensity=None), 15.0)
+    recorder.engine(snapshot(metered=metered(decode_joules=6e4)), rates, 20.0)
+    labels = {"model_name": "a model", "engine": "0"}
+    grams = registry.get_sample_value("llmco2_carbon_grams_total", {**labels, "phase": "decode"})
+    assert grams == pytest.approx(2.0), "20 kJ at 0.1 mg/J"
+    assert registry.get_sample_value("llmco2_unpriced_energy_joules_total", labels) == pytest.approx(4e4)
+
+
+@given(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 1)), min_size=1, max_size=8), st.sampled_from(["line", "busy"]))
+def test_embodied_grams_of_busy_and_idle_time_add_up_to_the_time_the_hardware_was_held(
+    spans: list[tuple[float, float]], idle: str
+) -> None:
+    recorder, registry = make()
+    rates = with_hardware(embodied_idle=idle)
+    now, busy = 1.0, 0.0
+    for seconds, share in spans:
+        now, busy = now + seconds, busy + seconds * share
+        recorder.engine(snapshot(step_seconds=busy), rates, now)
+    labels = {"model_name": "a model", "engine": "0"}
+    states = {
+        state: registry.get_sample_value("llmco2_embodied_carbon_grams_total", {**labels, "state": state}) or 0.0
+        for state in ("busy", "idle")
+    }
+    assert rates.hardware is not None
+    assert sum(states.values()) == pytest.approx(rates.hardware.rate_grams_per_second * (now - 1.0), abs=1e-12)
+    if idle == "line":
+        assert states["busy"] == pytest.approx(rates.hardware.rate_grams_per_second * busy, abs=1e-12)
+
+
+def test_a_source_that_is_no_longer_in_use_is_shown_as_such() -> None:
+    recorder, registry = make()
+    for rates in (accounting("FR"), accounting("FR", 20.0), accounting("FR", 20.0)._replace(intensity=None)):
+        recorder.intensities(rates)
+    shown = {
+        sample.labels["source"]: sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "llmco2_grid_info"
+    }
+    assert sorted(shown.values()) == [0.0, 0.0]
+    assert registry.get_sample_value("llmco2_grid_intensity_known", {"basis": "location"}) == 0.0
+
+
 def test_each_report_is_counted_once_however_often_it_is_told() -> None:
     recorder, registry = make()
     for _ in range(3):
-        recorder.engine(snapshot(metered=metered()), 0.1)
+        recorder.engine(snapshot(metered=metered()), WORLD, 10.0)
     labels = {"model_name": "a model", "engine": "0", "phase_mix": "mixed"}
     assert registry.get_sample_value("llmco2_window_error_ratio_count", labels) == 1
 
@@ -142,7 +196,7 @@ def test_measured_families_add_up_to_the_counter(parts: list[tuple[float, ...]])
             prefill_joules=prefill, decode_joules=decode, idle_joules=idle, sleeping_joules=sleeping,
             metered_joules=sum(sums),
         )  # fmt: skip
-        recorder.engine(snapshot(metered=told), 0.1)
+        recorder.engine(snapshot(metered=told), WORLD, 10.0)
     values = [
         sample.value
         for family in registry.collect()
@@ -157,12 +211,12 @@ def test_a_meter_that_lost_a_device_is_down() -> None:
     recorder, registry = make()
     for source, up in (("counter", 1.0), ("none", 0.0), ("power", 1.0)):
         devices = [{"source": "counter"}, {"source": source}]
-        recorder.engine(snapshot(metered=metered(), meter={"devices": devices}), 0.1)
+        recorder.engine(snapshot(metered=metered(), meter={"devices": devices}), WORLD, 10.0)
         assert registry.get_sample_value("llmco2_meter_up", {"model_name": "a model", "engine": "0"}) == up
 
 
 def test_a_second_engine_in_one_process_goes_on_in_the_same_metrics() -> None:
     first, registry = make()
-    first.engine(snapshot(prefill_joules=5.0), 0.0)
-    Recorder(IDENTITY, registry).engine(snapshot(prefill_joules=2.0), 0.0)
+    first.engine(snapshot(prefill_joules=5.0), WORLD, 10.0)
+    Recorder(IDENTITY, registry).engine(snapshot(prefill_joules=2.0), WORLD, 10.0)
     assert energy(registry, "0", "prefill") == 7.0

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 from llmco2_vllm.config import Settings
 from llmco2_vllm.telemetry.metrics import Identity, Recorder
 from llmco2_vllm.testing import ConstantPredictor
-from llmco2_vllm.vllm_plugin import frontend, register
+from llmco2_vllm.vllm_plugin import frontend, output_path, register
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +47,10 @@ def make_engine(tiny_model: Path) -> Callable[..., Any]:
 @pytest.fixture
 def front_end(monkeypatch: pytest.MonkeyPatch) -> frontend.CarbonFrontEnd:
     """This process as a front end, with metrics of its own; it is none any more after the test."""
-    monkeypatch.setattr(frontend, "_front_end", None)
+    monkeypatch.setattr(output_path, "_front_end", None)
     model = SimpleNamespace(served_model_name="tiny")
-    frontend.enable(Settings(intensity=100.0), SimpleNamespace(model_config=model))
-    front = frontend.front_end()
+    output_path.enable(Settings(intensity=100.0), SimpleNamespace(model_config=model))
+    front = output_path.front_end()
     front._recorder = Recorder(Identity("tiny", "0", "0"), CollectorRegistry())
     return front
 

@@ -15,7 +15,7 @@ from vllm.v1.engine.core import EngineCore
 from llmco2_vllm.config import Settings
 from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.meters.discover import Discovery
-from llmco2_vllm.vllm_plugin import flags, frontend
+from llmco2_vllm.vllm_plugin import flags, output_path
 from llmco2_vllm.vllm_plugin.middleware import CarbonMiddleware, Message, Receive, Scope, Send
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.asgi import body_messages, body_of, read_stream, scope, start
@@ -81,7 +81,7 @@ class Deployment:
         drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
         self.drafting = self._server(folder, tokenizer, speculative=drafting)
         self.app: Any = self._answer
-        self.front_end: Any = frontend._front_end
+        self.front_end: Any = output_path._front_end
         if carbon:
             client = SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=self._call_engine))
             if self.front_end is not None:

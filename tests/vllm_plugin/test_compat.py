@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmco2_vllm.config import Settings
-from llmco2_vllm.vllm_plugin import compat, frontend, register
+from llmco2_vllm.vllm_plugin import compat, output_path, register
 from llmco2_vllm.vllm_plugin.compat import SYMBOLS, Symbol
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness import Engine, Server, make_core_request
@@ -118,7 +118,7 @@ def test_an_engine_that_does_not_ask_for_the_meter_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     harness.take_wrappers_off(monkeypatch)
-    monkeypatch.setattr(frontend, "_front_end", None)
+    monkeypatch.setattr(output_path, "_front_end", None)
     register()
     config = engine_config(tiny_model)
     assert not hasattr(config, compat.ATTRIBUTE)
@@ -139,7 +139,7 @@ def engine_config(folder: Path, **additional: Any) -> Any:
 def test_settings_travel_from_additional_config_to_a_scheduler_with_the_hook(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    monkeypatch.setattr(frontend, "_front_end", None)
+    monkeypatch.setattr(output_path, "_front_end", None)
     register()
     config = engine_config(tiny_model, carbon={"zone": "FR", "intensity": 42}, other=1)
     assert getattr(config, compat.ATTRIBUTE) == Settings(zone="FR", intensity=42)
@@ -170,7 +170,7 @@ def test_a_missing_symbol_is_one_warning_and_the_rest_runs(
     monkeypatch: pytest.MonkeyPatch, tiny_model: Path, log_records: list[logging.LogRecord], key: str
 ) -> None:
     harness.take_wrappers_off(monkeypatch)
-    monkeypatch.setattr(frontend, "_front_end", None)
+    monkeypatch.setattr(output_path, "_front_end", None)
     register()
     give_back = take_away(monkeypatch, key)
     config = engine_config(tiny_model, carbon={"intensity": 42})
@@ -183,7 +183,7 @@ def test_a_missing_symbol_is_one_warning_and_the_rest_runs(
     assert output.outputs[0].token_ids == [7] * 5
     assert server.engine.scheduler.llmco2_hook.monitor.totals.finished_requests == 1
     gone = {name for name in SYMBOLS if key == "engine_core" and SYMBOLS[name].owner == "EngineCore"} | {key}
-    assert frontend.front_end().self_check == {name: name not in gone for name in SYMBOLS}
+    assert output_path.front_end().self_check == {name: name not in gone for name in SYMBOLS}
     # Without one of the three the client's figure is lost, with the others it is there.
     assert bool(getattr(output, "carbon", None)) is (key in ("engine_core", "async_llm", "preempt_request"))
 

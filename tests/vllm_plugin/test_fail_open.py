@@ -18,7 +18,7 @@ from vllm.v1.engine.core import EngineCore
 
 from llmco2_vllm import assemble
 from llmco2_vllm.core import comparison, ledgers
-from llmco2_vllm.vllm_plugin import frontend, register
+from llmco2_vllm.vllm_plugin import output_path, register
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.serving import Deployment, open_eager_meter
 from tests.vllm_plugin.test_frontend_contract import word_tokenizer
@@ -28,6 +28,7 @@ MODULES = (
     "vllm_plugin.hook",
     "vllm_plugin.translate",
     "vllm_plugin.frontend",
+    "vllm_plugin.output_path",
     "vllm_plugin.middleware",
     "vllm_plugin.splice",
     "vllm_plugin.late",
@@ -37,6 +38,7 @@ MODULES = (
     "metering",
     "core.attribution",
     "core.comparison",
+    "core.intensity",
     "core.metering",
     "core.settlement",
     "core.steps",
@@ -117,6 +119,10 @@ ELSEWHERE = {
     "core.attribution.Attributor._nobodys": "for windows that come too late (test_metering.py)",
     "core.steps.Step.lose": "for a step whose output never comes (test_metering.py)",
     "core.steps.Step.shape": "on the thread that builds samples (test_samples.py)",
+    "core.carbon.sci_grams": "on accelerators alone, beside operational_grams(), which runs",
+    "core.intensity.Intensity.covers": "in figures of hours (tests/grid)",
+    "core.intensity.Intensity.held": "in figures of hours (tests/grid)",
+    "core.intensity.Intensity.kind": "while sources are read",
     "core.kernels.KernelGraph._miss_ratio": "experts alone, beside drivers(), which runs",
     "core.kernels._expert_block": "experts alone, beside build_graph(), which runs",
     "core.kernels._grouped": "experts alone, beside build_graph(), which runs",
@@ -127,11 +133,12 @@ ELSEWHERE = {
     "telemetry.annotation._optional": "on import",
     "telemetry.annotation._without_default": "prints the schema",
     "telemetry.annotation.json_schema": "prints the schema",
+    "telemetry.accounting.Accounting.embodied_grams": "on accelerators alone, beside market_grams(), which runs",
     "telemetry.requests.RequestLog.__len__": "for tests",
     "telemetry.requests.RequestLog.close": "for tests",
     "telemetry.annotation.Annotation.document": "read by the caller of LLM",
     "vllm_plugin.engine._tell": "when an engine falls asleep",
-    "vllm_plugin.frontend._carry_over": "in the pooling calls of LLM (test_guard.py)",
+    "vllm_plugin.output_path._carry_over": "in the pooling calls of LLM (test_guard.py)",
     "vllm_plugin.view.RequestCarbon.__getitem__": "read by the caller of LLM",
     "vllm_plugin.view.RequestCarbon.__iter__": "read by the caller of LLM",
     "vllm_plugin.view.RequestCarbon.__len__": "read by the caller of LLM",
@@ -159,7 +166,7 @@ GUARDS = {
     "vllm_plugin.middleware._refresh": "guards what it awaits",
 }
 # Without a front end there is nothing that counts: the middleware says so and lets everything pass.
-UNCOUNTED = {"vllm_plugin.frontend.front_end", "vllm_plugin.middleware.CarbonMiddleware._start"}
+UNCOUNTED = {"vllm_plugin.output_path.front_end", "vllm_plugin.middleware.CarbonMiddleware._start"}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +197,7 @@ def deploy(patch: pytest.MonkeyPatch, folder: Path, tokenizer: Any, carbon: bool
     harness.take_wrappers_off(patch)
     for name in ("llmco2_snapshot", "llmco2_switch"):
         patch.delattr(EngineCore, name, raising=False)
-    patch.setattr(frontend, "_front_end", None)
+    patch.setattr(output_path, "_front_end", None)
     register()
     return Deployment(folder, tokenizer, carbon)
 
@@ -219,7 +226,7 @@ def reached(sliding_model: Path, tokenizer: Any, without_us: list[Any]) -> dict[
     with pytest.MonkeyPatch.context() as patch:
         deployment, at_start = traced(lambda: deploy(patch, sliding_model, tokenizer))
         answers, serving = traced(deployment.serve)
-        assert not frontend.front_end().guard.failures
+        assert not output_path.front_end().guard.failures
         assert [dict(hook.guard.failures) for hook in deployment.hooks] == [{}, {}]
         assert answers == without_us
     return {"start": at_start, "serving": serving}

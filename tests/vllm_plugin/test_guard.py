@@ -16,7 +16,7 @@ from llmco2_vllm.core.features import GraphFeatures
 from llmco2_vllm.predictor.forward import Network
 from llmco2_vllm.predictor.gnn import GnnPredictor
 from llmco2_vllm.telemetry.ledger import KEY, decode
-from llmco2_vllm.vllm_plugin import flags, frontend, register
+from llmco2_vllm.vllm_plugin import flags, frontend, output_path, register
 from llmco2_vllm.vllm_plugin.guard import Guard
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness import Engine, make_request
@@ -46,11 +46,11 @@ def test_a_call_that_fails_gives_nothing_and_goes_no_further() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        frontend._add_request,
-        frontend._process_outputs,
-        frontend._abort_requests,
-        frontend._from_base,
-        frontend._new_request_output,
+        output_path._add_request,
+        output_path._process_outputs,
+        output_path._abort_requests,
+        output_path._from_base,
+        output_path._new_request_output,
     ],
 )
 def test_a_host_without_the_attributes_we_read_is_served_all_the_same(

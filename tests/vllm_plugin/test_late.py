@@ -22,32 +22,34 @@ class Written(list[str]):
 
 
 def test_a_response_waits_for_all_of_its_requests() -> None:
-    written = Written()
-    results, ledgers = LateResults(written), [RequestLedger(metered=OPEN), RequestLedger(metered=OPEN)]
+    written, final = Written(), list[RequestLedger]()
+    results, ledgers = LateResults(written, final.append), [RequestLedger(metered=OPEN), RequestLedger(metered=OPEN)]
     for name, ledger in zip("ab", ledgers, strict=True):
         results.finished(name, ledger)
     results.answered("response", ledgers)
     assert results.request_ids == ["a", "b"] and "response" in results
     results.settle({"a": encode_metered(FINAL)})
-    assert written == [] and results.request_ids == ["b"]
+    assert written == [] and results.request_ids == ["b"] and final == ledgers[:1]
     results.settle({"b": encode_metered(FINAL)})
     assert written == ["response"] and "response" not in results
     results.settle({"b": encode_metered(FINAL)})
-    assert written == ["response"]
+    assert written == ["response"] and final == ledgers, "each once"
 
 
 def test_what_is_final_or_has_no_meter_is_not_waited_for() -> None:
-    results = LateResults(Written())
+    final: list[RequestLedger] = []
+    results = LateResults(Written(), final.append)
     for metered in (None, FINAL):
         ledger = RequestLedger(metered=metered)
         results.finished("a", ledger)
         results.answered("response", [ledger])
     assert results.request_ids == [] and "response" not in results
+    assert [ledger.metered for ledger in final] == [FINAL]
 
 
 def test_the_oldest_is_given_up_when_too_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(late, "MOST_WAITING", 3)
-    results = LateResults(Written())
+    results = LateResults(Written(), list[RequestLedger]().append)
     for number in range(5):
         ledger = RequestLedger(metered=OPEN)
         results.finished(str(number), ledger)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -91,6 +92,29 @@ class Intensity:
     def held(self) -> Intensity:
         """The same as a stand-in for a later time."""
         return replace(self, source=self.source + HELD, estimated=True)
+
+
+def mean_intensity(parts: Sequence[tuple[Intensity | None, float]]) -> Intensity | None:
+    """The mean by time of figures that follow one another, each with its seconds; None when one is not known.
+
+    Energy is multiplied by the intensity of the hour in which it was used; what spans the turn of an hour gets this.
+    All figures are of one method and basis, as a chain guarantees.
+    """
+    figures = [figure for figure, _ in parts]
+    known = [figure for figure in figures if figure is not None]
+    if not known or len(known) < len(figures) or all(figure == known[0] for figure in known):
+        return None if len(known) < len(figures) or not known else known[0]
+    seconds = [length for _, length in parts]
+    grams = sum(f.grams_per_kwh * length for f, length in zip(known, seconds, strict=True)) / sum(seconds)
+    fetched = [f.fetched_epoch_seconds for f in known if f.fetched_epoch_seconds is not None]
+    return replace(
+        known[-1],
+        grams_per_kwh=grams,
+        source=" + ".join(dict.fromkeys(f.source for f in known)),
+        estimated=any(f.estimated for f in known),
+        valid_from_epoch_seconds=known[0].valid_from_epoch_seconds,
+        fetched_epoch_seconds=min(fetched, default=None),
+    )
 
 
 def check_grams(value: object, key: str) -> float:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmco2_vllm.core.intensity import HELD, Intensity, Kind
 from llmco2_vllm.core.units import convert
-from llmco2_vllm.grid.figure import HELD, Intensity, Kind
 from llmco2_vllm.grid.history import History
 
 times = st.integers(0, 4_000_000_000).map(float)
