@@ -32,6 +32,16 @@ def kwh_per_hour_to_watts(energy_kwh_per_hour: float) -> float:
     return kwh_to_joules(energy_kwh_per_hour) / SECONDS_PER_HOUR
 
 
+def milli(value: float) -> float:
+    """``value`` milli-units in units: milli(700_000) mW are 700 W."""
+    return value / 1e3
+
+
+def micro(value: float) -> float:
+    """``value`` micro-units in units: micro(1e6) uJ are 1 J."""
+    return value / 1e6
+
+
 def kilograms_to_grams(mass_kilograms: float) -> float:
     """Mass in grams."""
     return mass_kilograms * GRAMS_PER_KILOGRAM

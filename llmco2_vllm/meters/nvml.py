@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from llmco2_vllm.core.units import milli
 from llmco2_vllm.meters.base import (
     DeviceIdentity,
     DeviceLostError,
@@ -243,7 +244,7 @@ class NvmlMeter:
         power = _number(values[1]) if len(values) > 1 else None
         if power is None and self._identity.power_basis != "none":
             self._acquire()  # the field went away: is there another one?
-        return Reading(moment, None if energy is None else energy / 1e3, None if power is None else power / 1e3)
+        return Reading(moment, None if energy is None else milli(energy), None if power is None else milli(power))
 
     def vitals(self) -> Vitals:
         """Temperature in degrees Celsius and SM clock in MHz, None where NVML does not say."""

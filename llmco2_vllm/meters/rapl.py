@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmco2_vllm.core.units import micro
 from llmco2_vllm.meters.base import DeviceIdentity, MeterUnavailableError, Reading, SkippedReadingError, Vitals
 
 POWERCAP = Path("/sys/class/powercap")
@@ -57,7 +58,7 @@ class RaplMeter:
     @property
     def domains(self) -> dict[str, float]:
         """Joules of each domain since start, as of the last reading."""
-        return {domain.name: domain.microjoules / 1e6 for domain in self._domains}
+        return {domain.name: micro(domain.microjoules) for domain in self._domains}
 
     def read(self) -> Reading:
         """Energy of all domains since start. Raises SkippedReadingError when a file cannot be read just now."""
@@ -66,7 +67,7 @@ class RaplMeter:
                 domain.update()
         except (OSError, ValueError) as error:
             raise SkippedReadingError(f"RAPL: {error}") from None
-        return Reading(self._clock(), sum(domain.microjoules for domain in self._domains) / 1e6)
+        return Reading(self._clock(), micro(sum(domain.microjoules for domain in self._domains)))
 
     def vitals(self) -> Vitals:
         """RAPL knows none."""

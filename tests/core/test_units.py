@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,13 @@ def test_one_kilowatt_for_one_hour_is_one_kwh() -> None:
 def test_prefixes_are_decimal() -> None:
     assert (units.mega(1), units.giga(1), units.tera(1)) == (1e6, 1e9, 1e12)
     assert units.kilograms_to_grams(1.5) == 1500.0
+
+
+@given(st.floats(0, 1e12))
+def test_small_prefixes_undo_large_ones(value: float) -> None:
+    assert units.micro(units.mega(value)) == pytest.approx(value)
+    assert units.milli(units.kilograms_to_grams(value)) == pytest.approx(value)
+    assert units.micro(units.kilograms_to_grams(value)) == pytest.approx(units.milli(value))
 
 
 @given(st.floats(1e-9, 1e12))

@@ -125,5 +125,5 @@ def test_metrics_have_no_colon_and_no_request_id(clients: Clients) -> None:
     assert used <= allowed
     assert Metrics(text).values(ENERGY, "engine") == {"0"}
     assert Metrics(text).values(ENERGY, "model_name") == {MODEL}
-    assert Metrics(text).values("llmco2_grid_intensity_grams_per_kwh", "zone") == {"FR"}
+    assert Metrics(text).values("llmco2_grid_info", "zone") == {"FR"}
     assert Metrics(text).values("llmco2_hook_failures_total", "where") == set()
