@@ -25,6 +25,8 @@ LAYERS = {
     "assemble": 4,
     "testing": 4,
     "lifecycle": 4,
+    "reporting": 4,
+    "advice": 4,
     "vllm_plugin": 5,
     "dashboards": 5,
     "demo": 5,

@@ -8,12 +8,15 @@ from typing import Final
 import click
 
 COMMANDS: Final = {
+    "advise": "Predict grams per 1000 tokens over devices, tensor parallelism, batch limits, zones and hours.",
     "calibrate": "Measure a running server where it matters and write a calibration of its predictions.",
+    "dashboards": "Write the Grafana dashboard, Prometheus rules and the list of metrics.",
     "demo": "Serve a small real model with --carbon, send requests, show what they cost.",
     "evaluate": "Score predictions against a table of measurements.",
     "lifecycle": "Model the carbon of a language model's life by LLMCarbon.",
     "model": "Convert the demo's model to safetensors and print its folder.",
     "predict": "Predict energy and carbon of a batch of requests on a device.",
+    "report": "Report energy and carbon by day and model, from samples or Prometheus.",
     "samples": "List, show, export and import metered samples.",
     "train": "Train the network on tables of measurements and write a bundle.",
     "plan": "Say which steps to measure next, by error x traffic and coverage.",

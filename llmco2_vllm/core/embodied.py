@@ -316,6 +316,7 @@ class Hardware:
     """The devices of one engine and their share of the host, written off second by second.
 
     rate_grams_per_second: of all of it. idle: who carries the time without work. omitted: parts no figure is known of.
+    notes: stand-ins that were made.
     """
 
     model: EmbodiedModel
@@ -323,6 +324,7 @@ class Hardware:
     lifetimes: Lifetimes = Lifetimes()
     idle: IdlePolicy = "line"
     omitted: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def busy_grams(self, busy_seconds: float, utilisation_ratio: float = 1.0) -> float:
         """Grams of ``busy_seconds`` of the whole hardware; with the policy ``busy`` they carry the idle time beside."""
@@ -332,12 +334,18 @@ class Hardware:
 def host_share(device: str, model: EmbodiedModel) -> Footprint | None:
     """Footprint of the server beside ONE such device, without its devices; None when the model has no figure for it.
 
-    Raises ValueError for an unknown device.
+    The nearest server of as many modules stands in where the catalog has none of the device's own; ``notes`` say so.
+    Only the product model knows hosts: with another one the sum would be of two models. Raises ValueError for an
+    unknown device.
     """
-    name = None if device.strip().lower() == "cpu" else device_by_name(device).name
+    if model != "product" or device.strip().lower() == "cpu":
+        return None
+    name = device_by_name(device).name
     for row in constants().values():
-        if model == "product" and name in row.facts.get("hosts", ()):
-            return Footprint(model, {row.name: row.to("g/part") / row.facts["slots"]}, notes=_stated(row))
+        own, other = (name in row.facts.get(key, ()) for key in ("hosts", "stands_in_for"))
+        if own or other:
+            notes = (f"{row.name} stands in for the host of {name}",) if other else _stated(row)
+            return Footprint(model, {row.name: row.to("g/part") / row.facts["slots"]}, notes=notes)
     return None
 
 
@@ -357,4 +365,5 @@ def engine_hardware(
     if host is not None:
         holdings.append(Holding(host.grams, lifetimes.host_years, devices))
     omitted = (*card.omitted, *(() if host is not None else ("host",)))
-    return Hardware(model, grams_per_second(holdings), lifetimes, idle, omitted)
+    notes = (*card.notes, *(() if host is None else host.notes))
+    return Hardware(model, grams_per_second(holdings), lifetimes, idle, omitted, notes)

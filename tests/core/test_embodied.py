@@ -21,6 +21,7 @@ from llmco2_vllm.core.embodied import (
     Fab,
     Holding,
     IdlePolicy,
+    Lifetimes,
     act_node,
     board_grams,
     chip_grams,
@@ -29,8 +30,10 @@ from llmco2_vllm.core.embodied import (
     die_grams,
     die_grams_per_cm2,
     embodied_grams,
+    engine_hardware,
     grams_per_busy_second,
     grams_per_second,
+    host_share,
     lifetime_seconds,
     memory_grams,
     package_grams,
@@ -432,3 +435,27 @@ def test_an_unknown_model_or_device_is_an_error_that_lists_the_known_ones() -> N
 
 def test_the_catalog_is_read_once() -> None:
     assert embodied_catalog.constants() is embodied_catalog.constants()
+
+
+def test_a_device_carries_an_eighth_of_its_own_host_and_says_when_another_stands_in() -> None:
+    own, other = host_share("h100-sxm", "product"), host_share("b200", "product")
+    assert own is not None and other is not None
+    assert own.grams == other.grams == pytest.approx(5700e3 / 8)
+    assert "stands in" not in own.notes[0] and "stands in" in other.notes[0]
+    assert host_share("h100-sxm", "components") is None and host_share("cpu", "product") is None
+
+
+@given(st.integers(1, 8), st.floats(3, 5), st.floats(3, 5))
+def test_an_engines_hardware_is_its_cards_and_hosts_each_over_its_own_life(
+    count: int, card: float, host: float
+) -> None:
+    found = engine_hardware("h100-sxm", count, "product", Lifetimes(card, host))
+    assert found is not None and found.omitted == ()
+    year = 365 * 86400
+    assert found.rate_grams_per_second == pytest.approx(count * (164e3 / (card * year) + 5700e3 / 8 / (host * year)))
+    assert engine_hardware("cpu", count, "product", Lifetimes()) is None
+
+
+def test_hardware_without_a_known_host_says_that_it_is_omitted() -> None:
+    found = engine_hardware("l4", 1, "components", Lifetimes())
+    assert found is not None and "host" in found.omitted

@@ -1,0 +1,57 @@
+"""The hardware that an engine holds while it serves: its embodied carbon per second, and what draws power unused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from llmco2_vllm.core.embodied import EmbodiedModel, Holding, device_footprint, grams_per_second, host_share
+from llmco2_vllm.core.hardware import DeviceSpec
+
+Hold = Literal["devices", "server"]
+HOLDS: tuple[Hold, ...] = get_args(Hold)
+
+DEVICES_PER_SERVER = 8
+"""Devices of the servers whose hosts the catalog knows: p4d and p5."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """embodied_grams_per_second: None where no footprint is known. unused_watts: of devices held and not used."""
+
+    embodied_grams_per_second: float | None
+    unused_watts: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """How hardware is charged.
+
+    hold: ``devices``, those of the engine with their share of the host, or ``server``, the whole server of eight
+        however many of them work, as HotCarbon'24 charges its server; the others then idle beside.
+    model: of the embodied catalog. lifetime_years: 3 to 5, of devices and host.
+    """
+
+    hold: Hold = "devices"
+    model: EmbodiedModel = "product"
+    lifetime_years: float = 4.0
+
+    def of(self, device: DeviceSpec, devices: int) -> Held:
+        """What an engine on ``devices`` of one kind holds. Raises ValueError for a lifetime that is not possible."""
+        count = DEVICES_PER_SERVER if self.hold == "server" and device.kind == "gpu" else devices
+        watts = device.idle_power_watts * (count - devices)
+        footprint = device_footprint(device.name, self.model)
+        if footprint is None:
+            return Held(None, watts, (f"{device.name}: no embodied figure by the model {self.model}",))
+        holdings = [Holding(footprint.grams, self.lifetime_years, count)]
+        notes = tuple(f"{device.name}: {note}" for note in footprint.notes)
+        if footprint.omitted:
+            notes += (f"{device.name}: embodied without {', '.join(footprint.omitted)}",)
+        host = host_share(device.name, self.model)
+        if host is None:
+            notes += (f"{device.name}: embodied without the host",)
+        else:
+            holdings.append(Holding(host.grams, self.lifetime_years, count))
+            notes += tuple(f"{device.name}: {note}" for note in host.notes)
+        return Held(grams_per_second(holdings), watts, notes)

@@ -1,0 +1,1 @@
+"""Reports of what serving took: from stored samples or Prometheus to tables, hour by hour."""

@@ -1,0 +1,223 @@
+"""From joules of an hour to grams of that hour: intensity, node and site, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Final, NamedTuple
+
+from llmco2_vllm.core.carbon import node_joules, operational_grams
+from llmco2_vllm.core.intensity import Kind, Method
+from llmco2_vllm.core.units import SECONDS_PER_HOUR
+from llmco2_vllm.grid.chain import Chain
+from llmco2_vllm.grid.choice import GridChoice, open_chain
+from llmco2_vllm.grid.regions import region
+from llmco2_vllm.grid.series import SeriesProvider
+from llmco2_vllm.grid.stated import ConstantProvider
+from llmco2_vllm.grid.zones import check_zone
+from llmco2_vllm.reporting.hours import PARTS, Record, RecordedIntensity, Use
+
+# Files have rows of an hour, half or quarter of one.
+_MOMENTS_PER_HOUR: Final = 4
+
+
+class HourIntensity(NamedTuple):
+    """Carbon intensity of one hour. source: who says so."""
+
+    grams_per_kwh: float
+    estimated: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Carbon intensity hour by hour, all of one kind. at: None for an hour that nobody knows."""
+
+    method: str
+    basis: str
+    words: str
+    at: Callable[[int], HourIntensity | None]
+
+
+@dataclass(frozen=True)
+class SiteChoice:
+    """What turns joules of devices into grams; None where nothing is said.
+
+    zone, region, grams_per_kwh, file, market, method: of the electricity; market is a second figure, g CO2e/kWh or a
+    file. pue, node_overhead_ratio, auxiliary_ratio: as the settings of these names.
+    """
+
+    zone: str | None = None
+    region: str | None = None
+    grams_per_kwh: float | None = None
+    file: Path | None = None
+    market: str | None = None
+    method: Method = "average"
+    pue: float | None = None
+    node_overhead_ratio: float | None = None
+    auxiliary_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.grams_per_kwh is not None and self.file is not None:
+            raise ValueError("intensity and intensity-file are both there; allowed: one of them")
+        if self.method == "marginal":
+            if self.market is not None:
+                raise ValueError(
+                    "market-intensity is an average; allowed: without it, as averages never join marginals"
+                )
+            if not self._stated:
+                raise ValueError("method=marginal needs intensity or intensity-file; the shipped table has averages")
+
+    @property
+    def _stated(self) -> bool:
+        return self.grams_per_kwh is not None or self.file is not None
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is said of the location's electricity."""
+        return self._stated or self.zone is not None or self.region is not None
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """All that turns the joules of an hour into its grams."""
+
+    location: Grid
+    market: Grid | None = None
+    pue: float | None = None
+    node_overhead_ratio: float | None = None
+    auxiliary_ratio: float | None = None
+    notes: Sequence[str] = field(default=())
+
+    def site_joules(self, device_joules: float) -> float:
+        """Energy of the site for that of its devices: node and PUE."""
+        node = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
+        return node * (1.0 if self.pue is None else self.pue)
+
+    def grams(self, device_joules: float, grams_per_kwh: float) -> float:
+        """Operational grams CO2e of ``device_joules``."""
+        node = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
+        return operational_grams(node, grams_per_kwh, 1.0 if self.pue is None else self.pue)
+
+    def priced(self, uses: Iterable[Use]) -> list[Use]:
+        """The same with grams, as far as the intensity of their hour is known."""
+        return [use._replace(amounts={**use.amounts, **self._of(use)}) for use in uses]
+
+    def _of(self, use: Use) -> dict[str, float]:
+        found: dict[str, float] = {}
+        location = self.location.at(use.hour)
+        market = self.market.at(use.hour) if self.market else None
+        energy = use.amounts.get("energy_joules")
+        if energy is not None:
+            found |= {"site_joules": self.site_joules(energy), **_tokens(use, "measured_tokens")}
+            if market is not None:
+                found["market_grams"] = self.grams(energy, market.grams_per_kwh)
+        if location is None:
+            return found
+        names = {"energy": "location", "predicted": "predicted_location", **{part: part for part in PARTS}}
+        for name, gram_name in names.items():
+            joules = use.amounts.get(f"{name}_joules")
+            if joules is not None:
+                found[f"{gram_name}_grams"] = self.grams(joules, location.grams_per_kwh)
+        if energy is not None:
+            found |= {"priced_site_joules": found["site_joules"], **_functional(use, found["location_grams"])}
+        return found
+
+
+def _functional(use: Use, location_grams: float) -> dict[str, float]:
+    """Grams of a priced hour beside what it served: numerators and denominators of the same hours."""
+    amounts = use.amounts
+    found = {"served_location_grams": location_grams}
+    found |= _tokens(use, "served_tokens")
+    if "requests" in amounts:
+        found["served_requests"] = amounts["requests"]
+    held = [amounts[name] for name in ("embodied_busy_grams", "embodied_idle_grams") if name in amounts]
+    if held:
+        found["served_embodied_grams"] = sum(held)
+    return found
+
+
+def _tokens(use: Use, name: str) -> dict[str, float]:
+    """Tokens of both phases under ``name``; nothing when unknown."""
+    known = [use.amounts[phase] for phase in ("prefill_tokens", "decode_tokens") if phase in use.amounts]
+    return {name: sum(known)} if known else {}
+
+
+def open_pricing(choice: SiteChoice, record: Record) -> Pricing:
+    """The pricing of a choice; what servers recorded stands in where nothing is said. Raises ValueError, one line.
+
+    A file speaks for its own hours alone: no average of a year stands in for an hour that it does not have.
+    """
+    recorded = (record.intensities or {}) if not choice.asked else {}
+    location = _recorded(recorded["location"], "location") if "location" in recorded else _location(choice)
+    market = None if choice.market is None else _market(choice.market, choice)
+    if market is None and "market" in recorded and location.method == "average":
+        market = _recorded(recorded["market"], "market")
+    notes = []
+    pue = choice.pue
+    if pue is None and choice.region is not None:
+        named = region(choice.region)
+        pue = named.pue
+        notes = [f"PUE {pue:g} of {choice.region}: {named.pue_source}, {named.pue_scope}."] if pue else []
+    return Pricing(location, market, pue, choice.node_overhead_ratio, choice.auxiliary_ratio, notes)
+
+
+def _location(choice: SiteChoice) -> Grid:
+    zone = choice.zone
+    if choice.region is not None:
+        if zone is not None:
+            raise ValueError(f"region={choice.region!r} and zone={zone!r} are both there; allowed: one of them")
+        zone = region(choice.region).zone
+    where = f" in {check_zone(zone)}" if zone else ""
+    if choice.file is not None:
+        provider = SeriesProvider(choice.file, Kind(zone, choice.method))
+        words = f"{choice.file.name}{where}"
+        return Grid(choice.method, "location", words, _hourly(Chain([provider])))
+    if choice.grams_per_kwh is not None:
+        chain = open_chain(GridChoice("constant", zone, grams_per_kwh=choice.grams_per_kwh, method=choice.method))
+        return Grid(choice.method, "location", f"{choice.grams_per_kwh:g} g CO2e/kWh{where}, as stated", _hourly(chain))
+    chain = open_chain(GridChoice("static", zone))
+    words = f"yearly averages of the shipped table{where or ', world'}"
+    return Grid("average", "location", words, _hourly(chain))
+
+
+def _market(value: str, choice: SiteChoice) -> Grid:
+    kind = Kind(choice.zone, "average", "market")
+    try:
+        grams = float(value)
+    except ValueError:
+        provider = SeriesProvider(Path(value), kind)
+        return Grid("average", "market", Path(value).name, _hourly(Chain([provider])))
+    chain = Chain([ConstantProvider(grams, kind)])
+    return Grid("average", "market", f"{grams:g} g CO2e/kWh, as stated", _hourly(chain))
+
+
+def _recorded(found: RecordedIntensity, basis: str) -> Grid:
+    def at(hour: int) -> HourIntensity | None:
+        grams = found.grams_per_kwh.get(hour)
+        return None if grams is None else HourIntensity(grams, hour in found.estimated, "recorded by the servers")
+
+    origins = f" ({', '.join(found.origins)})" if found.origins else ""
+    return Grid(found.method, basis, f"as the servers recorded it, mean of each hour{origins}", at)
+
+
+def _hourly(chain: Chain) -> Callable[[int], HourIntensity | None]:
+    """The mean over an hour; None as soon as a part of it is not known."""
+    seen: dict[int, HourIntensity | None] = {}
+
+    def mean(hour: int) -> HourIntensity | None:
+        moments = [(hour + part / _MOMENTS_PER_HOUR) * SECONDS_PER_HOUR for part in range(_MOMENTS_PER_HOUR)]
+        found = [figure for moment in moments if (figure := chain.at(moment)) is not None]
+        if len(found) < len(moments):
+            return None
+        grams = fmean(figure.grams_per_kwh for figure in found)
+        return HourIntensity(grams, any(figure.estimated for figure in found), found[0].source)
+
+    def at(hour: int) -> HourIntensity | None:
+        if hour not in seen:
+            seen[hour] = mean(hour)
+        return seen[hour]
+
+    return at
