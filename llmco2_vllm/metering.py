@@ -1,7 +1,7 @@
 """Metering: weighs the steps of one engine after they ran. All on the scheduler's thread but the meter itself.
 
-A sampler thread appends windows to a deque; here they are taken from it, split over steps, and the ledgers settled, a
-few steps at a time so that no scheduler step waits for many.
+A sampler thread appends windows to a deque; here they are taken from it, split over steps, and the ledgers settled:
+all of it over a few steps at a time so that no scheduler step waits for many.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llmco2_vllm.core.attribution import Activity, Attributor, WindowAccount
+from llmco2_vllm.core.attribution import ALL, Activity, Attributor, WindowAccount
 from llmco2_vllm.core.comparison import Comparison
 from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
 from llmco2_vllm.core.steps import Step
 
 # Steps that are settled behind one scheduler step; more arrive per window than this times the steps in it only while
-# nobody waits for them.
-STEPS_AT_ONCE = 4
+# nobody waits for them. Fewer at once would be dearer: most of it is fetching cold memory.
+STEPS_AT_ONCE = 8
+# Steps over which windows are split behind one scheduler step: a window holds hundreds. Each device has windows of its
+# own, and with this much for each they are split in less than half the time in which the next ones come.
+SPLIT_AT_ONCE, SPLIT_PER_DEVICE = 20, 4
 # Scheduler steps between looks without a window.
 LOOKS = 64
-# Windows that are split behind one scheduler step; after an hour without one there are thousands.
-WINDOWS_AT_ONCE = 64
+# Windows that are taken behind one scheduler step; after an hour without one there are thousands.
+WINDOWS_AT_ONCE = 16
 # Reports a snapshot tells of: five minutes.
 REPORTS_TOLD = 64
 
@@ -84,8 +87,9 @@ class Metering:
         self._source = source
         self._listener = listener or Deaf()
         self._clock = clock
-        self._settled: deque[Step] = deque()
+        self._split_at_once = SPLIT_AT_ONCE + SPLIT_PER_DEVICE * attributor.devices
         self._looks = 0
+        self._settling = False
         self._busy = self._asleep = False
 
     def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
@@ -99,30 +103,41 @@ class Metering:
         """Its output is back."""
         self.attributor.closed(step, begin_seconds, end_seconds)
 
-    def tend(self, most: int = STEPS_AT_ONCE) -> None:
-        """Account for the windows that have come, and settle at most so many steps."""
-        source, attributor, waiting = self._source, self.attributor, self._settled
+    def tend(self) -> None:
+        """Go on with the windows that have come, or else with settling: a bounded part of it behind every step."""
+        if self._source:
+            self._take(WINDOWS_AT_ONCE)
         self._looks -= 1
-        if source or self._looks <= 0:
-            # Steps are also looked for without a window, now and then: its meter may have fallen silent.
+        if self.attributor.waiting and self._split(self._split_at_once):
+            self._settling = True
+        elif self._settling or self._looks <= 0:
+            # Also without a window, now and then: its meter may have fallen silent.
             self._looks = LOOKS
-            for _ in range(min(len(source), WINDOWS_AT_ONCE)):
-                attributor.take(source.popleft())
-            for account in attributor.accounts():
-                self.comparison.add(account)
-                self._listener.account(account)
-            waiting.extend(attributor.settled(self._clock()))
-        if waiting:
-            steps = [waiting.popleft() for _ in range(min(most, len(waiting)))]
-            self.settlement.advance(steps, attributor.recent_ratio)
+            self._settling = self._settle(STEPS_AT_ONCE) == STEPS_AT_ONCE
 
     def tend_all(self) -> None:
         """The same without haste, where no step waits."""
         while self._source:
-            self.tend(1 << 30)
-        self._looks = 0
-        self.tend(1 << 30)
-        self.settlement.advance((), self.attributor.recent_ratio)
+            self._take(WINDOWS_AT_ONCE)
+            self._split(ALL)
+        self._split(ALL)
+        self._settle(ALL)
+
+    def _take(self, most: int) -> None:
+        for _ in range(min(most, len(self._source))):
+            self.attributor.take(self._source.popleft())
+
+    def _split(self, most: int) -> int:
+        accounts = self.attributor.accounts(most)
+        for account in accounts:
+            self.comparison.add(account)
+            self._listener.account(account)
+        return len(accounts)
+
+    def _settle(self, most: int) -> int:
+        steps = self.attributor.settled(self._clock(), most)
+        self.settlement.advance(steps, self.attributor.recent_ratio)
+        return len(steps)
 
     def working(self, busy: bool) -> None:
         """There are requests from now on, or there are none."""
@@ -151,8 +166,7 @@ class Metering:
     def residual_joules(self) -> float:
         """Metered energy less what requests, idle and unattributed came to: rounding, or a fault of ours."""
         totals, settled = self.attributor.totals, self.settlement
-        waiting = sum(step.measured_ratio * step.predicted_joules for step in self._settled)
-        requests = settled.prefill_joules + settled.decode_joules + waiting + self.attributor.unsettled_joules
+        requests = settled.prefill_joules + settled.decode_joules + self.attributor.unsettled_joules
         rest = totals.idle_joules + totals.sleeping_joules + totals.unattributed_joules
         return totals.metered_joules - requests - rest
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmco2_vllm import metering as metering_module
 from llmco2_vllm.core.attribution import Activity, Attributor, WindowAccount
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.metering import Doubt, MeterWindow
@@ -38,6 +39,8 @@ class Engine:
 
     devices: int = 1
     predictor: ConstantPredictor = field(default_factory=ConstantPredictor)
+    patient: bool = False
+    least_seconds: float = 0.0  # of a step
 
     def __post_init__(self) -> None:
         self.clock = FakeClock(10.0)
@@ -97,7 +100,9 @@ class Engine:
 
     def output(self) -> None:
         if self.in_flight:
+            self.clock.advance(self.least_seconds)
             self.monitor.end(self.in_flight.popleft())
+            self.tend()
 
     def preempt(self, name: str) -> None:
         self.monitor.book.interrupt(name)
@@ -116,6 +121,10 @@ class Engine:
             joules = None if watts is None else watts * (end - begin)
             self.windows.append(MeterWindow(device, begin, end, joules, 0.1, doubt))
             self.edges[device] = end
+            self.tend()
+
+    def tend(self) -> None:
+        if not self.patient:
             self.metering.tend()
 
     def finish(self, watts: float | None = 100.0) -> None:
@@ -141,9 +150,11 @@ ACTIONS = st.one_of(
 )
 
 
-def run(actions: list[tuple[str, object]], devices: int) -> Engine:
-    engine = Engine(devices)
+def run(actions: list[tuple[str, object]], devices: int, patient: bool = False, least_seconds: float = 0.0) -> Engine:
+    """Go through a schedule. patient: nothing is split or settled before its end."""
+    engine = Engine(devices, patient=patient, least_seconds=least_seconds)
     for action, value in actions:
+        assert_conserved(engine.metering)
         running = engine.running()
         match action, value:
             case "join", int(prompt):
@@ -166,6 +177,12 @@ def run(actions: list[tuple[str, object]], devices: int) -> Engine:
     return engine
 
 
+def assert_conserved(metering: Metering) -> None:
+    totals = metering.attributor.totals
+    scale = max(totals.metered_joules, abs(totals.unattributed_joules), 1.0)
+    assert abs(metering.residual_joules) <= 1e-9 * scale
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(ACTIONS, max_size=60), st.integers(1, 2))
 def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str, object]], devices: int) -> None:
@@ -177,7 +194,7 @@ def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str,
     scale = max(metered, abs(totals.unattributed_joules), 1.0)
     assert totals.metered_joules == pytest.approx(metered, rel=1e-12)
     assert abs(measured + rest - metered) <= 1e-9 * scale
-    assert abs(engine.metering.residual_joules) <= 1e-9 * scale
+    assert_conserved(engine.metering)
     settled = engine.metering.settlement
     assert settled.prefill_joules + settled.decode_joules == pytest.approx(measured, rel=1e-9, abs=1e-9 * scale)
 
@@ -195,6 +212,54 @@ def test_running_sums_give_each_request_what_single_steps_give(actions: list[tup
         )
         assert account.measured_joules == pytest.approx(slow, rel=1e-7, abs=1e-6)
         assert account.prefill[3] + account.decode[3] == pytest.approx(charge.energy_joules, rel=1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ACTIONS, max_size=50), st.integers(1, 3))
+def test_figures_do_not_depend_on_how_often_windows_are_looked_for(
+    actions: list[tuple[str, object]], devices: int
+) -> None:
+    # Short of the time after which steps are left to prediction; and a step without length may lie on an edge.
+    brief = [(name, value % 60 if isinstance(value, int) and name == "pause" else value) for name, value in actions]
+    eager, patient = (run(brief, devices, patient, 0.001) for patient in (False, True))
+    for one, other in zip(eager.charges, patient.charges, strict=True):
+        assert one.account is not None and other.account is not None
+        assert one.account.measured_joules == pytest.approx(other.account.measured_joules, rel=1e-9, abs=1e-9)
+        assert one.account.covered_steps == pytest.approx(other.account.covered_steps)
+
+
+def test_a_window_over_many_steps_is_split_behind_several_of_them_and_no_joule_moves_before_it_is() -> None:
+    engine = Engine()
+    engine.join(4)
+    for _ in range(500):
+        engine.schedule(8)
+        engine.clock.advance(0.001)
+        engine.output()
+    engine.edge(0, 300.0)
+    metering, tends = engine.metering, 1
+    while not engine.accounts:
+        assert metering.attributor.totals.metered_joules == metering.attributor.unsettled_joules == 0.0
+        metering.tend()
+        tends += 1
+    assert tends >= 500 / metering_module.SPLIT_AT_ONCE / 2 and len(engine.accounts[0].parts) == 500
+    assert metering.attributor.unsettled_joules == pytest.approx(150)
+    assert_conserved(metering)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("steps", [1, 10, 300])
+def test_all_windows_of_a_tick_are_split_and_settled_before_the_next(devices: int, steps: int) -> None:
+    engine = Engine(devices)
+    engine.join(4)
+    for _ in range(2 + 600 // steps):
+        assert not engine.metering.attributor.waiting
+        for device in range(devices):
+            engine.edge(device, 300.0)
+        for _ in range(max(steps, 40)):
+            engine.schedule(8)
+            engine.clock.advance(0.4 / steps)
+            engine.output()
+    assert len(engine.metering.journal) <= 2 * max(steps, 40)
 
 
 def busy(seconds: float, watts: float, engine: Engine | None = None) -> Engine:
@@ -258,8 +323,10 @@ def test_idle_power_is_learned_apart_for_an_engine_that_sleeps() -> None:
 
 def test_a_window_far_from_the_recent_ratio_is_bounded_and_its_rest_is_a_line_of_its_own() -> None:
     engine = busy(10.0, 200.0)
+    engine.metering.tend_all()
     recent = engine.metering.attributor.recent_ratio
     busy(0.1, 9000.0, engine)
+    engine.metering.tend_all()
     account = engine.accounts[-1]
     assert not account.trusted and account.ratio is not None and account.ratio > 3 * recent
     assert account.attributed_joules == pytest.approx(3 * recent * account.predicted_joules)

@@ -28,7 +28,7 @@ def account(begin: float, joules: float | None, doubt: Doubt = Doubt.NONE, trust
     parts = (StepShare(step, 0.5),)
     window = MeterWindow(0, begin, begin + 0.2, joules, 0.3, doubt)
     predicted = step.predicted_joules / 4
-    return WindowAccount(window, parts, Activity.AWAKE, 0.05, predicted, 9.0, 1.0, 0.0, 1.1, trusted)
+    return WindowAccount(window, parts, Activity.AWAKE, 0.05, predicted, 9.0, 1.0, 0.0, 1.1, trusted, 0.0)
 
 
 def feed(folder: Path) -> SampleFeed:

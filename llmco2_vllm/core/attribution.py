@@ -20,7 +20,7 @@ from enum import StrEnum
 
 from llmco2_vllm.core.metering import Doubt, MeterWindow
 from llmco2_vllm.core.scores import NORMAL_90
-from llmco2_vllm.core.steps import Step, StepShare
+from llmco2_vllm.core.steps import Inside, Step, StepShare
 
 # A window's ratio is bounded at this factor from the recent one (start value of METERING).
 LARGEST_RATIO_CHANGE = 3.0
@@ -54,6 +54,9 @@ class Activity(StrEnum):
 LEARNABLE = frozenset((Doubt.NONE, Doubt.INTEGRATED_POWER))
 # At most so many windows of a device wait for a step to close; the energy of older ones is nobody's.
 MOST_WAITING = 4096
+# What closing the account of a window takes, in steps looked at, where their number is bounded.
+WINDOW_IN_STEPS = 16
+ALL = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ class WindowAccount:
     """How the energy of one window was split. Joules of one device; energy = attributed + idle + unattributed.
 
     ratio: measured / predicted dynamic energy, None without work or without a measurement. trusted: fit to train on.
+    prefill_joules: part of ``predicted_joules``.
     """
 
     window: MeterWindow
@@ -73,6 +77,7 @@ class WindowAccount:
     unattributed_joules: float
     ratio: float | None
     trusted: bool
+    prefill_joules: float
 
 
 @dataclass(slots=True)
@@ -140,6 +145,7 @@ class Attributor:
         self._idle = [_Idle(watts) for watts in idle_power_watts]
         self._ratios = [_Ratio() for _ in idle_power_watts]
         self._windows: list[deque[MeterWindow]] = [deque() for _ in idle_power_watts]
+        self._inside: Inside | None = None  # the window that is being split
         self._frontier = [-math.inf for _ in idle_power_watts]
         self._last_end = self._last_closed = self._given_up = -math.inf
         self._steps: deque[Step] = deque()
@@ -147,6 +153,11 @@ class Attributor:
         self._pace = 0.0  # of the recent past: duration over predicted duration, 0 before any
         self._activity = Activity.AWAKE
         self._changes: list[tuple[float, Activity]] = []
+
+    @property
+    def devices(self) -> int:
+        """Devices of the engine."""
+        return len(self._windows)
 
     @property
     def recent_ratio(self) -> float:
@@ -164,6 +175,8 @@ class Attributor:
     @property
     def unsettled_joules(self) -> float:
         """Measured joules of steps that are not settled yet."""
+        for step in self._steps:
+            step.weigh()
         return sum(step.measured_ratio * step.predicted_joules for step in self._steps)
 
     # -- steps ----------------------------------------------------------------------------
@@ -181,7 +194,8 @@ class Attributor:
                 break
             first.lose(begin_seconds)
         step.begin_seconds, step.end_seconds = begin_seconds, end_seconds
-        self._last_closed = max(self._last_closed, end_seconds)
+        if end_seconds > self._last_closed:
+            self._last_closed = end_seconds
         predicted = step.estimate.duration_seconds
         if end_seconds > begin_seconds and predicted > 0.0:
             pace = (end_seconds - begin_seconds) / predicted
@@ -216,37 +230,57 @@ class Attributor:
         self.totals.metered_joules += joules
         self.totals.unattributed_joules += joules
 
-    def accounts(self) -> list[WindowAccount]:
-        """Split every window all of whose steps are closed."""
+    @property
+    def waiting(self) -> bool:
+        """Whether there are windows that are not split."""
+        return self._inside is not None or any(self._windows)
+
+    def accounts(self, most: int = ALL) -> list[WindowAccount]:
+        """Split windows all of whose steps are closed, and go on with one begun before, over at most so many steps."""
         found = []
+        while most >= WINDOW_IN_STEPS and (inside := self._inside or self._next()) is not None:
+            self._inside, before = inside, len(inside.parts)
+            done = inside.look(most)
+            most -= len(inside.parts) - before + WINDOW_IN_STEPS
+            if not done or most < 0:
+                break
+            self._inside = None
+            found.append(self._account(inside))
+        return found
+
+    def _next(self) -> Inside | None:
         # An open step cannot begin before the last one that closed has ended.
         waits = max(self._open[0].scheduled_seconds, self._last_closed) if self._open else math.inf
         for queue in self._windows:
-            while queue and queue[0].end_seconds <= waits:
-                found.append(self._account(queue.popleft()))
-        return found
+            if queue and queue[0].end_seconds <= waits:
+                return Inside(self._without_given_up(queue.popleft()), self._steps)
+        return None
 
-    def settled(self, now_seconds: float) -> list[Step]:
-        """Steps no further window can touch, in order; what no window covers is left to prediction."""
+    def settled(self, now_seconds: float, most: int = ALL) -> list[Step]:
+        """At most so many steps no further window can touch, in order; what no window covers is left to prediction."""
+        found: list[Step] = []
+        if self._inside is not None:
+            return found  # it may touch any of them
         frontier = min(self._frontier)
         patience = min((now_seconds - LONGEST_WAIT_SECONDS, *(q[0].begin_seconds for q in self._windows if q)))
         reached = max(frontier, patience)
-        found = []
-        while self._steps and self._steps[0].end_seconds <= reached:
-            step = self._steps.popleft()
+        while self._steps and len(found) < most:
+            step = self._steps[0]
+            if step.end_seconds > reached or step.begin_seconds == reached:  # without length, it lies behind the edge
+                break
+            self._steps.popleft()
+            step.weigh()
             self._last_end = max(self._last_end, step.end_seconds)
             found.append(step)
             if step.end_seconds > frontier:
                 self._given_up = max(self._given_up, step.end_seconds)
         return found
 
-    def _account(self, window: MeterWindow) -> WindowAccount:
+    def _account(self, inside: Inside) -> WindowAccount:
+        window, parts, busy = inside.window, inside.parts, inside.busy_seconds
         activity, steady = self._activity_in(window)
         self._frontier[window.device] = window.end_seconds
-        window = self._without_given_up(window)
-        parts = tuple(self._parts(window))
-        busy = sum(part.share * (part.step.end_seconds - part.step.begin_seconds) for part in parts)
-        predicted = sum(part.share * part.step.predicted_joules for part in parts) / len(self._windows)
+        predicted = inside.predicted_joules / len(self._windows)
         known = window.energy_joules is not None and window.doubt is not Doubt.SHARED
         joules = window.energy_joules or 0.0
         idle = attributed = 0.0
@@ -262,10 +296,13 @@ class Attributor:
         if ratio is not None:
             used = self._plausible(window, ratio, predicted, busy)
             believed, attributed = used == ratio, used * predicted
-            self._spread(window, parts, attributed, believed)
+            self._spread(inside, attributed, believed)
         trusted = steady and known and window.doubt in LEARNABLE and believed
         rest = joules - idle - attributed
-        account = WindowAccount(window, parts, activity, busy, predicted, attributed, idle, rest, ratio, trusted)
+        prefill = inside.prefill_joules / len(self._windows)
+        account = WindowAccount(
+            window, tuple(parts), activity, busy, predicted, attributed, idle, rest, ratio, trusted, prefill
+        )
         self._book(account)
         return account
 
@@ -290,20 +327,6 @@ class Attributor:
             doubt=Doubt.GAP if window.doubt is Doubt.NONE else window.doubt,
         )
 
-    def _parts(self, window: MeterWindow) -> list[StepShare]:
-        found = []
-        begin, end = window.begin_seconds, window.end_seconds
-        for step in self._steps:
-            first, last = step.begin_seconds, step.end_seconds
-            if first >= end:
-                break
-            if step.lost:
-                continue
-            share = 1.0 if begin <= first < last <= end else step.share_in(begin, end)
-            if share > 0.0:
-                found.append(StepShare(step, share))
-        return found
-
     def _learn_idle(self, window: MeterWindow, activity: Activity, steady: bool) -> None:
         """A window without steps teaches idle power once the device has settled."""
         ends = (step.end_seconds for step in self._steps if step.end_seconds <= window.end_seconds)
@@ -312,17 +335,14 @@ class Attributor:
         if steady and quiet and (asleep or window.doubt in LEARNABLE):
             self._idle[window.device].learn(activity, window.energy_joules or 0.0, window.duration_seconds)
 
-    def _spread(self, window: MeterWindow, parts: Sequence[StepShare], joules: float, believed: bool) -> None:
+    def _spread(self, inside: Inside, joules: float, believed: bool) -> None:
         """Give the steps of a window their part of its dynamic energy; its interval is as wide where it was bounded."""
+        window, split = inside.window, inside.split
         relative = window.sigma_joules / window.energy_joules if window.energy_joules else 0.0
         deviation = math.sqrt(relative * relative + GAIN_DEVIATION**2 + SPLIT_DEVIATION**2)
-        weight = sum(share * step.predicted_joules * step.pace_ratio for step, share in parts)
-        ratio = joules / weight if weight > 0.0 else 0.0
-        for step, share in parts:
-            part = ratio * share * step.pace_ratio
-            step.measured_ratio += part
-            step.half_width_ratio += (NORMAL_90 * deviation if believed else 1.0) * part
-            step.covered_ratio += share / len(self._windows)
+        split.ratio = joules / inside.paced_joules if inside.paced_joules > 0.0 else 0.0
+        split.half_width_ratio = NORMAL_90 * deviation if believed else 1.0
+        split.covered_ratio = 1.0 / len(self._windows)
 
     def _book(self, account: WindowAccount) -> None:
         totals = self.totals

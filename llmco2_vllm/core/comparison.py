@@ -81,10 +81,8 @@ class Comparison:
         window = account.window
         if not account.trusted or not account.parts:
             return
-        whole = sum(part.share * part.step.predicted_joules for part in account.parts)
-        prefill = sum(part.share * part.step.prefill_joules for part in account.parts)
         self._predicted += account.predicted_joules
-        self._prefill += account.predicted_joules * (prefill / whole if whole else 0.0)
+        self._prefill += account.prefill_joules
         self._measured += account.attributed_joules
         self._busy += account.busy_seconds
         seconds = self._seconds.get(window.device, 0.0) + window.duration_seconds

@@ -56,8 +56,8 @@ class Sums(NamedTuple):
 
     def since(self, begin: Sums, offset: int) -> list[float]:
         """The quantities of a request since ``begin``; its context is ``offset`` ahead of the steps."""
-        moved = [x - y for x, y in zip(self.joules, begin.joules, strict=True)]
-        return [moved[i] + offset * moved[i + 1] + moved[i + 2] for i in range(0, len(moved), 3)]
+        x, y = self.joules, begin.joules
+        return [x[i] - y[i] + offset * (x[i + 1] - y[i + 1]) + x[i + 2] - y[i + 2] for i in (0, 3, 6, 9)]
 
 
 class _Running:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate
+from llmco2_vllm.core.metering import MeterWindow
+
+
+class Split:
+    """What one window gives the steps in it; nothing until all of them are known, and then to all at once.
+
+    ratio: joules per joule predicted at the pace of the step. half_width_ratio: of the 90 % interval, relative.
+    covered_ratio: how much of the energy of what lies in the window it accounts for, one over the devices.
+    """
+
+    __slots__ = ("covered_ratio", "half_width_ratio", "ratio")
+
+    def __init__(self) -> None:
+        self.ratio = self.half_width_ratio = self.covered_ratio = 0.0
 
 
 class Step:
@@ -16,8 +31,9 @@ class Step:
     predicted_joules: of all devices, at the rates of ``estimate``, which in steady decode may be that of an earlier
     step (docs/adr/0002), ``later`` steps ago. paid: what single requests were charged in it, for settlement.
     measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
-    half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1.
+    half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1. All three by ``weigh``.
     pace_ratio: its duration over the predicted one, against the recent past.
+    splits: of the windows it lies in, with the share of it that does.
     """
 
     __slots__ = (
@@ -35,6 +51,7 @@ class Step:
         "predicted_joules",
         "prefill_joules",
         "scheduled_seconds",
+        "splits",
     )
 
     def __init__(self, scheduled_seconds: float, estimate: Estimate, shape: BatchShape, later: int = 0) -> None:
@@ -42,11 +59,14 @@ class Step:
         self.end_seconds = math.inf
         self.estimate = estimate
         self._shape, self._later = shape, later
-        self.prefill_joules = estimate.prefill.joules(shape.prefill)
-        per_pair = estimate.decode.per_pair_joules
-        decode_joules = estimate.decode.joules(shape.decode) + later * shape.decode.tokens * per_pair
+        # Written out: this is behind every scheduler step.
+        prefill, (_, tokens, pairs, _, samples), _ = shape
+        per_token, per_pair, per_sample = estimate.decode
+        decode_joules = tokens * per_token + (pairs + later * tokens) * per_pair + samples * per_sample
+        self.prefill_joules = estimate.prefill.joules(prefill) if prefill[1] else 0.0
         self.predicted_joules = self.prefill_joules + decode_joules
         self.paid: Sequence[object] = ()
+        self.splits: tuple[tuple[Split, float], ...] = ()
         self.measured_ratio = self.half_width_ratio = self.covered_ratio = 0.0
         self.pace_ratio = 1.0
         self.lost = False
@@ -55,6 +75,17 @@ class Step:
         """No output came: when it ran, if it did, is not known, so no window pays for it."""
         self.begin_seconds = self.end_seconds = now_seconds
         self.lost = True
+
+    def weigh(self) -> None:
+        """Add up what the windows said so far."""
+        measured = half_width = covered = 0.0
+        pace = self.pace_ratio
+        for split, share in self.splits:
+            part = split.ratio * share * pace
+            measured += part
+            half_width += split.half_width_ratio * part
+            covered += split.covered_ratio * share
+        self.measured_ratio, self.half_width_ratio, self.covered_ratio = measured, half_width, covered
 
     @property
     def shape(self) -> BatchShape:
@@ -78,3 +109,54 @@ class StepShare(NamedTuple):
 
     step: Step
     share: float
+
+
+class Inside:
+    """The steps in a window, found a few at a time so that no scheduler step waits for hundreds.
+
+    parts: those found. busy_seconds, predicted_joules of all devices, the part of it that is prefill, and all of it at
+    their pace: sums over them, each step by its share. The split is theirs.
+    """
+
+    __slots__ = (
+        "_place",
+        "_steps",
+        "busy_seconds",
+        "paced_joules",
+        "parts",
+        "predicted_joules",
+        "prefill_joules",
+        "split",
+        "window",
+    )
+
+    def __init__(self, window: MeterWindow, steps: deque[Step]) -> None:
+        """``steps`` may grow meanwhile, but none may leave."""
+        self.window = window
+        self.split = Split()
+        self.parts: list[StepShare] = []
+        self.busy_seconds = self.predicted_joules = self.prefill_joules = self.paced_joules = 0.0
+        self._steps, self._place = steps, 0
+
+    def look(self, most: int) -> bool:
+        """Go on over at most so many steps, in their order; whether that was all."""
+        _, begin, end, *_ = self.window
+        steps, begun = self._steps, self._place
+        self._place = min(begun + most, len(steps))
+        for place in range(begun, self._place):
+            step = steps[place]
+            first, last = step.begin_seconds, step.end_seconds
+            if first >= end:
+                return True
+            if begin <= first < last <= end:
+                share = 1.0
+            elif step.lost or not (share := step.share_in(begin, end)):
+                continue
+            joules = share * step.predicted_joules
+            self.parts.append(StepShare(step, share))
+            self.busy_seconds += share * (last - first)
+            self.predicted_joules += joules
+            self.prefill_joules += share * step.prefill_joules
+            self.paced_joules += joules * step.pace_ratio
+            step.splits += ((self.split, share),)
+        return self._place == len(steps)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import NO_RATES, Estimate, Rates
 from llmco2_vllm.core.features import GraphFeatures, NodePrecision
 from llmco2_vllm.core.hardware import DeviceSpec, Topology
-from llmco2_vllm.core.kernels import KernelGraph, Payer
+from llmco2_vllm.core.kernels import KernelGraph
 from llmco2_vllm.core.model import ModelSpec
 from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.forward import Network
 
-FloatArray = NDArray[np.float64]
 _NOTHING = Estimate(0.0, 0.0, NO_RATES, NO_RATES, 0.0, 1.0, 1.0, True)
-_PAYERS = len(Payer)
 
 
 class GnnPredictor:
@@ -34,8 +29,6 @@ class GnnPredictor:
         self._idle = device.idle_power_watts
         self._span = device.power_limit_watts - device.idle_power_watts
         self._devices = float(topology.engine_devices)
-        self._payer = np.zeros((_PAYERS, len(features.payers)))
-        self._payer[features.payers, np.arange(len(features.payers))] = 1.0
 
     @property
     def name(self) -> str:
@@ -58,9 +51,9 @@ class GnnPredictor:
             log_time, log_power = offset(batch.prefill.sequences + batch.decode.sequences)
             duration *= math.exp(log_time)
             watts *= math.exp(log_power)
-        seconds = (self._payer @ step.kernels).tolist()
-        scale = duration / max(step.total, sum(seconds))
-        joules = [watts * scale * value for value in seconds]
+        seconds = step.by_payer
+        scale = watts * duration / max(step.total, sum(seconds))
+        joules = [scale * value for value in seconds]
         joules[0] += watts * duration - sum(joules)
         return self._split(batch, joules, duration)
 

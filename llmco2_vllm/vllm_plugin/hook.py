@@ -92,7 +92,8 @@ class EngineHook:
         """Close the step's window: its output has come back."""
         if output.total_num_scheduled_tokens:
             self.monitor.end(output)
-            if self.monitor.metering is not None:
+            # Not behind a step whose outputs take a ledger along: what is rare goes one at a time.
+            if self.monitor.metering is not None and (self._cursor + 1) % PERIOD_STEPS:
                 begin = perf_counter()
                 self.monitor.metering.tend()
                 self.hook_seconds += perf_counter() - begin

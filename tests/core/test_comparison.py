@@ -20,9 +20,10 @@ def account(begin: float, ratio: float, batch: BatchShape, trusted: bool = True)
     predicted = step.predicted_joules
     window = MeterWindow(0, begin, begin + 1.0, ratio * predicted)
     parts = (StepShare(step, 1.0),) if predicted else ()
+    joules = ratio * predicted
     return WindowAccount(
-        window, parts, Activity.AWAKE, 1.0, predicted, ratio * predicted, 0.0, 0.0, ratio, trusted
-    )  # fmt: skip
+        window, parts, Activity.AWAKE, 1.0, predicted, joules, 0.0, 0.0, ratio, trusted, step.prefill_joules
+    )
 
 
 @pytest.mark.parametrize(
