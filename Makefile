@@ -13,7 +13,7 @@ PORT ?=
 MODEL ?=
 DEMO = $(BIN)/llmco2 demo $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help env model demo serve test test-fast lint bench matrix lock clean
+.PHONY: help env model demo serve test test-fast observability lint bench matrix lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,10 @@ test: lint model ## everything: lint, types, all tests with vLLM's engine and se
 
 test-fast: env ## the tests that start neither an engine nor a server
 	@$(BIN)/python -m pytest -m "not engine and not server"
+
+observability: model ## Prometheus scrapes real servers: every panel has data, kept in build/observability
+	@$(BIN)/python dev/prometheus.py
+	@$(BIN)/python -m pytest tests/dashboards tests/observability
 
 lint: env ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -7,15 +7,17 @@ Names carry no colon and labels never a request id.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.samples import Sample
 
 from llmco2_vllm.core.embodied import split_idle
+from llmco2_vllm.core.metering import Doubt
 from llmco2_vllm.telemetry.accounting import Accounting
 
 # Relative error of a window's prediction, both signs.
@@ -41,7 +43,7 @@ class Metric(NamedTuple):
 
 _ENGINE = ("model_name", "engine")
 _PHASE = (*_ENGINE, "phase")
-_METERED = (*_ENGINE, "phase_mix")
+_MIX = (*_ENGINE, "phase_mix")
 
 METRICS: dict[str, Metric] = {
     "llmco2_predicted_energy_joules_total": Metric(
@@ -95,10 +97,10 @@ METRICS: dict[str, Metric] = {
         Counter, "Part of the measured energy that computed draft tokens which were not accepted.", _ENGINE
     ),
     "llmco2_window_error_ratio": Metric(
-        Histogram, "Predicted over measured energy of windows of 5 s and more, less 1.", _METERED
+        Histogram, "Predicted over measured energy of windows of 5 s and more, less 1.", _ENGINE
     ),
     "llmco2_prediction_bias_ratio": Metric(
-        Gauge, "Predicted over measured energy of the recent past, less 1.", _METERED
+        Gauge, "Predicted over measured energy of the recent past, less 1, by what the work was.", _MIX
     ),
     "llmco2_meter_windows_total": Metric(
         Counter, "Windows between edges of the energy counters, by trust.", (*_ENGINE, "trusted")
@@ -190,6 +192,7 @@ _METERED_GAUGES = {
     "llmco2_unattributed_energy_joules": "unattributed_joules",
     "llmco2_conservation_residual_joules": "residual_joules",
 }
+FAULTS = tuple(doubt.value for doubt in Doubt if doubt is not Doubt.NONE)
 _STATES = {"awake": "idle_joules", "sleeping": "sleeping_joules"}
 _PHASES = ("prefill", "decode")
 
@@ -203,6 +206,25 @@ class Identity:
     vllm_version: str
 
 
+class _WithoutBirth(MetricWrapperBase):
+    """Leaves out the time of birth: a fifth more series and as much more time per scrape, and nobody asks for it.
+
+    The library can only be told for the whole process, hence for the host's own metrics too.
+    """
+
+    def _child_samples(self) -> Iterable[Sample]:
+        return tuple(sample for sample in super()._child_samples() if sample.name != "_created")
+
+
+class _Counter(_WithoutBirth, Counter):
+    """A counter."""
+
+
+class _Histogram(_WithoutBirth, Histogram):
+    """A histogram."""
+
+
+_KINDS: dict[type[MetricWrapperBase], type[MetricWrapperBase]] = {Counter: _Counter, Histogram: _Histogram}
 # A registry takes each name once, and a process may start several engines one after the other.
 _made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
 
@@ -223,7 +245,7 @@ class Recorder:
                 options["buckets"] = _BUCKETS.get(name, JOULE_BUCKETS)
             if metric.kind is Gauge:
                 options["multiprocess_mode"] = "mostrecent"
-            self._metrics[name] = metric.kind(name, metric.help, metric.labels, **options)
+            self._metrics[name] = _KINDS.get(metric.kind, metric.kind)(name, metric.help, metric.labels, **options)
 
     def request_finished(self, engine: int, energy_joules: float) -> None:
         """Count one finished engine request."""
@@ -346,9 +368,9 @@ class Recorder:
             metrics["llmco2_meter_windows_total"].labels(*labels, word).inc(self._new(source, f"trusted {word}", count))
         for mix, ratio in metered["bias_ratio"].items():
             metrics["llmco2_prediction_bias_ratio"].labels(*labels, mix).set(ratio)
-        for number, mix, error in metered["reports"]:
+        for number, _, error in metered["reports"]:
             if self._new(source, "report", number):
-                metrics["llmco2_window_error_ratio"].labels(*labels, mix).observe(error)
+                metrics["llmco2_window_error_ratio"].labels(*labels).observe(error)
 
     def _meter(self, labels: tuple[str, str], source: str, devices: Sequence[Mapping[str, Any]]) -> None:
         up = bool(devices) and all(device.get("source") in ("counter", "power") for device in devices)
@@ -357,8 +379,9 @@ class Recorder:
         if devices and len(watts) == len(devices):
             self._metrics["llmco2_power_watts"].labels(*labels).set(sum(watts))
         for place, device in enumerate(devices):
-            for kind, count in device.get("faults", {}).items():
-                new = self._new(source, f"fault {kind} of {place}", count)
+            # Every kind from the start: a counter that is born at 1 hides its first fault from rate().
+            for kind in FAULTS:
+                new = self._new(source, f"fault {kind} of {place}", device.get("faults", {}).get(kind, 0))
                 self._metrics["llmco2_meter_faults_total"].labels(*labels, kind).inc(new)
 
     def failures(self, side: str, failures: Mapping[str, int]) -> None:

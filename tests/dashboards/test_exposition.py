@@ -1,0 +1,50 @@
+"""What a scrape holds: names that promtool accepts, every family, and series in bounds."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from llmco2_vllm.telemetry.metrics import METRICS
+from tests.dashboards.exposition import full, places_of_failure, text
+from tests.prometheus import Promtool, promtool
+
+__all__ = ["promtool"]
+
+SERIES_OF_AN_ENGINE = 200
+# Of no engine in particular: intensities by basis, what prices and measures, failures of the front end.
+SERIES_OF_A_SERVER = 40
+
+
+def series(models: int, engines: int) -> list[str]:
+    """Series of a full scrape, less the times of birth that prometheus_client adds unless told not to."""
+    lines = text(full(models, engines)).splitlines()
+    return [line for line in lines if not line.startswith("#") and "_created{" not in line]
+
+
+def test_promtool_finds_nothing_wrong_with_a_scrape_that_has_every_family(promtool: Promtool) -> None:
+    scrape = text(full())
+    for name in METRICS:
+        assert re.search(rf"^{name}(_sum|_bucket)?{{", scrape, re.MULTILINE), name
+    answer = promtool("check", "metrics", text=scrape)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
+
+
+def test_promtool_would_find_a_wrong_name(promtool: Promtool) -> None:
+    wrong = "# HELP vllm:energy_kilojoules Energy.\n# TYPE vllm:energy_kilojoules counter\nvllm:energy_kilojoules 1\n"
+    assert promtool("check", "metrics", text=wrong).returncode != 0
+
+
+def test_series_of_an_engine_are_in_bounds_when_all_that_can_fail_has_failed() -> None:
+    assert {"schedule", "tend"} <= set(places_of_failure(engine=True))
+    found = [line for line in series(1, 1) if 'engine="0"' in line]
+    names = Counter(re.sub(r"(_bucket|_sum|_count)?{.*", "", line) for line in found)
+    assert len(found) <= SERIES_OF_AN_ENGINE, names.most_common(8)
+
+
+def test_series_grow_with_models_and_engines_and_by_nothing_else() -> None:
+    one = series(1, 1)
+    assert len([line for line in one if 'engine="0"' not in line]) <= SERIES_OF_A_SERVER
+    of_one = len([line for line in one if 'engine="0"' in line])
+    many = series(3, 4)
+    assert sum('engine="' in line and 'engine="front_end"' not in line for line in many) == 12 * of_one
