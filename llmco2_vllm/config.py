@@ -111,6 +111,7 @@ class Settings(BaseModel):
         "auto", description="auto (NVML for GPUs, RAPL for CPUs), nvml, rapl, or none to predict only"
     )
     headers: bool = Field(False, description="Add x-carbon-* headers to responses that are not streamed")
+    live: bool = Field(False, description="Serve GET /carbon/live, a page with the figures of now, behind the API key")
     switch: bool = Field(False, description="Let PUT /carbon/hook turn the hook off and on at run time")
 
     @field_validator("samples", "cache")

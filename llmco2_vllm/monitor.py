@@ -22,6 +22,8 @@ from llmco2_vllm.metering import Metering
 # A steady step is priced anew after this growth of the total context, and not before so many steps (docs/adr/0002).
 REPRICE_RATIO = 0.01
 REPRICE_STEPS = 16
+# The recent pace is that of the last one to two times so much busy time.
+PACE_SECONDS = 30.0
 
 
 class Ticket(NamedTuple):
@@ -88,6 +90,8 @@ class StepMonitor:
         self._priced: Estimate | None = None
         self._repeats = 0
         self._repeats_allowed = 0
+        # (busy seconds, predicted joules) at two moments of the recent past, for the pace.
+        self._paces = (0.0, 0.0), (0.0, 0.0)
         # What the run's first step computed, and its steps since.
         self._run_shape, self._run_steps = BatchShape(), 0
 
@@ -208,6 +212,17 @@ class StepMonitor:
         while (ticket := tickets.popleft()).key is not key:
             self._totals.lost_tickets += 1
         return ticket
+
+    @property
+    def seconds_per_joule(self) -> float:
+        """Busy time per predicted joule of the recent past; 0 until a step has closed."""
+        totals = self.totals
+        still_open = sum(ticket.estimate.energy_joules for ticket in self._tickets)
+        now = totals.step_seconds, totals.prefill_joules + totals.decode_joules - still_open
+        if now[0] - self._paces[1][0] >= PACE_SECONDS:
+            self._paces = self._paces[1], now
+        (seconds, joules), _ = self._paces
+        return (now[0] - seconds) / (now[1] - joules) if now[1] > joules and now[0] > seconds else 0.0
 
     def finish(self, request_id: str) -> RequestCharge | None:
         """Close a request's ledger; None if there was none. Say how it ended with :meth:`conclude`."""

@@ -44,6 +44,7 @@ IMPOSSIBLE = {
     "meter": "wattmeter",
     "headers": "perhaps",
     "switch": "perhaps",
+    "live": "perhaps",
 }
 
 

@@ -13,7 +13,7 @@ from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.hardware import DeviceSpec, Topology, device_by_name
 from llmco2_vllm.core.model import ModelSpec
-from llmco2_vllm.monitor import StepMonitor, empty_batch_costs_nothing
+from llmco2_vllm.monitor import PACE_SECONDS, StepMonitor, empty_batch_costs_nothing
 from llmco2_vllm.predictor.bundle import Bundle
 from llmco2_vllm.predictor.calibration import RooflineCalibration
 from llmco2_vllm.predictor.gnn import GnnPredictor
@@ -188,3 +188,45 @@ def test_the_self_check_refuses_a_predictor_that_prices_nothing_above_zero() -> 
     assert empty_batch_costs_nothing(ConstantPredictor())
     assert empty_batch_costs_nothing(roofline())
     assert not empty_batch_costs_nothing(Broken())
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=1, max_size=80), st.integers(1, 3))
+def test_the_pace_is_recent_busy_time_over_the_joules_of_closed_steps(pauses: list[float], depth: int) -> None:
+    clock = FakeClock()
+    monitor = StepMonitor(ConstantPredictor(), clock)
+    start(monitor, [10, 20])
+    keys: list[object] = []
+    past = [(0.0, 0.0)]
+    assert monitor.seconds_per_joule == 0.0, "not known"
+    for pause in pauses:
+        keys.append(object())
+        monitor.begin_steady(keys[-1])
+        clock.advance(pause)
+        if len(keys) < depth:
+            continue
+        monitor.end(keys.pop(0))
+        totals = monitor.totals
+        still_open = sum(ticket.estimate.energy_joules for ticket in monitor._tickets)
+        now = totals.step_seconds, totals.decode_joules - still_open
+        since = [then for then in past if now[0] - then[0] >= PACE_SECONDS] or past[:1]
+        paces = [(now[0] - seconds) / (now[1] - joules) for seconds, joules in since]
+        found = monitor.seconds_per_joule
+        assert any(found == pytest.approx(pace) for pace in paces), "of the whole time, or of 30 s and more"
+        past.append(now)
+
+
+def test_the_pace_forgets_what_is_long_ago() -> None:
+    clock = FakeClock()
+    monitor = StepMonitor(ConstantPredictor(), clock)
+    start(monitor, [10])
+    past = []
+    for seconds in [0.1] * 1000 + [0.4] * 400:
+        key = object()
+        monitor.begin_steady(key)
+        clock.advance(seconds)
+        monitor.end(key)
+        past.append(monitor.totals.decode_joules)
+        pace = monitor.seconds_per_joule
+    # The last 75 to 150 steps, 0.4 s each.
+    assert 0.4 * 150 / (past[-1] - past[-151]) <= pace * 1.01
+    assert pace <= 1.01 * 0.4 * 75 / (past[-1] - past[-76]) * 1.1

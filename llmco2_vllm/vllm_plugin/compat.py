@@ -20,7 +20,7 @@ _MARK = "__llmco2__"
 
 
 class Symbol(NamedTuple):
-    """Where a symbol lives and what is lost without it."""
+    """Where a symbol lives and what is lost without it. A function of the module has an empty owner."""
 
     module: str
     owner: str
@@ -55,6 +55,10 @@ SYMBOLS: dict[str, Symbol] = {
     "new_request_output": Symbol(
         "vllm.v1.engine.output_processor", "RequestState", "_new_request_output", "RequestOutput.carbon"
     ),
+    "do_tracing": Symbol(
+        "vllm.v1.engine.output_processor", "OutputProcessor", "do_tracing", "llmco2.* attributes of traces"
+    ),
+    "request_span": Symbol("vllm.v1.engine.output_processor", "", "instrument_manual", "llmco2.* attributes of traces"),
     "embedding_output": Symbol("vllm.outputs", "EmbeddingRequestOutput", "from_base", "carbon of LLM.embed"),
     "classification_output": Symbol(
         "vllm.outputs", "ClassificationRequestOutput", "from_base", "carbon of LLM.classify"
@@ -96,10 +100,11 @@ def own_devices(vllm_config: Any) -> tuple[str | int, ...] | None:
 
 
 def resolve(key: str) -> type[Any] | None:
-    """The class that owns a symbol, or None where this vLLM has no such symbol."""
+    """The class or module that owns a symbol, or None where this vLLM has no such symbol."""
     symbol = SYMBOLS[key]
     try:
-        owner: type[Any] = getattr(importlib.import_module(symbol.module), symbol.owner)
+        module: Any = importlib.import_module(symbol.module)
+        owner: type[Any] = getattr(module, symbol.owner) if symbol.owner else module
         inspect.getattr_static(owner, symbol.name)
     except (ImportError, AttributeError):
         return None
@@ -114,7 +119,9 @@ def self_check() -> dict[str, bool]:
 def warn_missing(found: dict[str, bool]) -> None:
     """One warning that names the version and what is lost, if anything is."""
     lost = [
-        f"{SYMBOLS[key].owner}.{SYMBOLS[key].name} ({SYMBOLS[key].used_for})" for key, ok in found.items() if not ok
+        f"{SYMBOLS[key].owner}.{SYMBOLS[key].name} ({SYMBOLS[key].used_for})".removeprefix(".")
+        for key, ok in found.items()
+        if not ok
     ]
     if lost:
         logger.warning("llmco2: vLLM %s lacks %s; the rest of the meter runs", host_version(), ", ".join(lost))

@@ -12,7 +12,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from llmco2_vllm.telemetry.annotation import Annotation, annotate, intensity_doc
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, RequestLedger, decode_sums
 from llmco2_vllm.telemetry.metered import METERED_KEY, decode_metered, figure
 from llmco2_vllm.telemetry.requests import RequestLog
-from llmco2_vllm.vllm_plugin import compat
+from llmco2_vllm.vllm_plugin import compat, live
+from llmco2_vllm.vllm_plugin.asgi import Page
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.late import LateResults
 from llmco2_vllm.vllm_plugin.view import RequestCarbon
@@ -129,6 +130,13 @@ class CarbonFrontEnd:
                 self.recorder.request_finished(engine, joules)
             except Exception as error:
                 self.failed("request_finished", error)  # costs the histogram, not the annotation
+
+    def at_finish(self, ledger: RequestLedger) -> RequestLedger:
+        """A copy with the figures of a request that ends with this very step; the ledger itself stays as it is."""
+        whole = replace(ledger, complete=True)
+        if whole.follows_sums:
+            whole.settle(self._sums[whole.ledger.engine])
+        return whole
 
     def abandoned(self, request_ids: Sequence[str]) -> None:
         """The clients of these requests have left."""
@@ -285,6 +293,22 @@ class CarbonFrontEnd:
             "self_check": self.self_check,
             "engines": engines,
         }
+
+    def live_page(self) -> Page | None:
+        """``GET /carbon/live``: the page; None without the setting ``live``."""
+        return live.page() if self.settings.live else None
+
+    async def live(self) -> dict[str, Any] | None:
+        """``GET /carbon/live.json``: the figures of now; None without the setting ``live``."""
+        if not self.settings.live:
+            return None
+        status = await self.status()
+        try:
+            finished = self.log.last(live.REQUESTS_SHOWN)
+        except sqlite3.Error as error:
+            finished = None
+            self.failed("last", error)
+        return live.document(status, self.accountant.now(), finished, self.accountant.clock())
 
     @property
     def recorder(self) -> Any:

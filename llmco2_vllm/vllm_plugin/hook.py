@@ -152,7 +152,8 @@ class EngineHook:
             self._send(output, charge, final=False, context=charge.computed if follows else -1)
 
     def _send(self, output: Any, charge: RequestCharge, final: bool, context: int = -1) -> None:
-        _add_header(output, KEY, encode(charge, self.origin, final, context))
+        pace = self.monitor.seconds_per_joule
+        _add_header(output, KEY, encode(charge, self.origin, final, context, pace))
         if (metered := self._metered(charge)) is not None:
             _add_header(output, METERED_KEY, encode_metered(metered))
 

@@ -11,7 +11,7 @@ from llmco2_vllm.assemble import open_accountant
 from llmco2_vllm.config import Settings
 from llmco2_vllm.grid.zones import WORLD
 from llmco2_vllm.telemetry.accounting import Accountant
-from llmco2_vllm.vllm_plugin import compat
+from llmco2_vllm.vllm_plugin import compat, tracing
 from llmco2_vllm.vllm_plugin.engine import describe
 from llmco2_vllm.vllm_plugin.frontend import CarbonFrontEnd
 
@@ -48,6 +48,7 @@ def enable(settings: Settings, vllm_config: Any) -> None:
     compat.wrap("new_request_output", _new_request_output)
     for key in ("embedding_output", "classification_output", "scoring_output"):
         compat.wrap(key, _from_base)
+    tracing.enable(lambda: _front_end)
 
 
 def _accountant(settings: Settings, vllm_config: Any) -> Accountant:

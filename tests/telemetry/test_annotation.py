@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from llmco2_vllm.telemetry.accounting import Accounting
 from llmco2_vllm.telemetry.annotation import Annotation, annotate, json_schema
 from llmco2_vllm.telemetry.ledger import Ledger, Provenance, RequestLedger
-
-PUBLISHED = json.loads((files("llmco2_vllm") / "data" / "annotation.schema.json").read_text())
 from tests.telemetry.books import accounting, with_hardware
 
+PUBLISHED = json.loads((files("llmco2_vllm") / "data" / "annotation.schema.json").read_text())
 WORLD = accounting()
 joules = st.floats(0, 1e7)
 counts = st.integers(0, 10**6)
@@ -149,7 +148,8 @@ def test_embodied_carbon_of_a_second_is_the_cards_and_its_share_of_the_host() ->
     carbon = described([request()], with_hardware())
     assert carbon["carbon_grams"]["embodied"] == pytest.approx(0.5 * (164e3 + 5700e3 / 8) / (4 * 365 * 86400), rel=1e-5)
     assert carbon["embodied"] == {
-        "model": "product", "held_seconds": 0.5, "lifetime_years": 4, "host_lifetime_years": 4, "idle": "line", "omitted": [],
+        "model": "product", "held_seconds": 0.5, "lifetime_years": 4, "host_lifetime_years": 4,
+        "idle": "line", "omitted": [],
     }  # fmt: skip
     longer = described([request()], with_hardware(lifetime_years=5, host_lifetime_years=5))
     assert longer["carbon_grams"]["embodied"] == pytest.approx(0.8 * carbon["carbon_grams"]["embodied"], rel=1e-5)

@@ -83,3 +83,19 @@ def test_a_database_that_cannot_be_written_raises_an_sqlite_error(tmp_path: Path
     other.rollback()
     log.remember("a", "{}")
     assert log.find("a") == "{}"
+
+
+@given(st.lists(st.tuples(ids, st.text(max_size=20)), max_size=20), st.integers(0, 12))
+def test_the_last_are_the_newest_first_each_with_the_time_it_first_came(
+    finished: list[tuple[str, str]], most: int
+) -> None:
+    clock = iter(range(len(finished)))
+    log = RequestLog(capacity=8, clock=lambda: float(next(clock)))
+    model: dict[str, tuple[float, str]] = {}
+    for at, (response_id, annotation) in enumerate(finished):
+        log.remember(response_id, annotation)
+        model[response_id] = (model.get(response_id, (float(at), ""))[0], annotation)
+        if len(model) > 8:
+            del model[next(iter(model))]
+    assert log.last(most) == list(model.values())[::-1][:most]
+    log.close()

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmco2_vllm.telemetry.ledger import RequestLedger
+from llmco2_vllm.vllm_plugin.asgi import Page
+from llmco2_vllm.vllm_plugin.live import page
 from llmco2_vllm.vllm_plugin.middleware import App, CarbonMiddleware, Message, Receive, Scope, Send
 
 CARBON = b'{"schema":"llmco2/1","mark":"\xc3\xa9 8c1f}"}'
@@ -23,6 +25,7 @@ class FakeFrontEnd:
     annotation: str | None = CARBON.decode()
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     may_switch: bool = True
+    document: dict[str, Any] | None = field(default_factory=lambda: {"schema": "llmco2-live/1"})
     failing: frozenset[str] = frozenset()
     remembered: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -56,6 +59,14 @@ class FakeFrontEnd:
     async def status(self) -> dict[str, Any]:
         self._enter("status")
         return {"on": True}
+
+    def live_page(self) -> Page | None:
+        self._enter("live_page")
+        return None if self.document is None else page()
+
+    async def live(self) -> dict[str, Any] | None:
+        self._enter("live")
+        return self.document
 
     async def refresh_metrics(self) -> None:
         self._enter("refresh_metrics")

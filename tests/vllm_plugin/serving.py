@@ -55,7 +55,7 @@ def open_eager_meter(*arguments: Any) -> Discovery:
     return Discovery(EagerSampler(), "eager", None)  # type: ignore[arg-type]
 
 
-SETTINGS = Settings(intensity=100.0, auxiliary=0.1, pue=1.2, headers=True, switch=True)
+SETTINGS = Settings(intensity=100.0, auxiliary=0.1, pue=1.2, headers=True, switch=True, live=True)
 # One answer per path: its requests, and whether it streams. Together they prefill in chunks, mix phases, decode
 # steadily, preempt each other, sample in parallel and end by a stop string.
 ANSWERS: dict[str, tuple[bool, list[dict[str, Any]]]] = {
@@ -166,7 +166,8 @@ class Deployment:
         for path in ANSWERS:
             await self._get(path)
         if self.carbon:
-            await self._get("/carbon", "GET")
+            for path in ("/carbon", "/carbon/live", "/carbon/live.json"):
+                await self._get(path, "GET")
             await self._get("/carbon/requests/%2Fv1%2Ftwo", "GET")
             for position in (b'{"on": false}', b'{"on": true}'):
                 await self._get("/carbon/hook", "PUT", position)

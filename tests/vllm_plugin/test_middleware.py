@@ -105,7 +105,14 @@ def test_a_client_that_leaves_while_switching_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("path", "method"),
-    [("/carbon", "POST"), ("/carbon", "OPTIONS"), ("/carbon/requests/a", "DELETE"), ("/carbon/hook", "GET")],
+    [
+        ("/carbon", "POST"),
+        ("/carbon", "OPTIONS"),
+        ("/carbon/requests/a", "DELETE"),
+        ("/carbon/hook", "GET"),
+        ("/carbon/live", "POST"),
+        ("/carbon/live.json", "PUT"),
+    ],
 )
 def test_other_methods_are_refused(path: str, method: str) -> None:
     status, answer = ask(FakeFrontEnd(), path, method)
@@ -118,6 +125,28 @@ def test_a_head_request_gets_the_headers_alone() -> None:
     run(CarbonMiddleware(replaying([]), FakeFrontEnd())(scope("/carbon", "HEAD"), nothing, collecting(out)))
     assert header(out, b"content-length") == str(len('{"on": true}')).encode()
     assert body_of(out) == b""
+
+
+def test_the_page_needs_no_key_and_its_figures_do() -> None:
+    front_end = FakeFrontEnd()
+    status, body = ask(front_end, "/carbon/live", **keyed("right"))
+    assert (status, body[:15]) == (200, b"<!DOCTYPE html>")
+    assert ask(front_end, "/carbon/live.json", **keyed("right"))[0] == 401
+    assert ask(front_end, "/carbon/live.json", **keyed("right", token="right")) == (200, front_end.document)
+    assert front_end.calls == ["started", "live_page", "started", "started", "live"]
+
+
+@pytest.mark.parametrize("path", ["/carbon/live", "/carbon/live.json"])
+def test_without_the_setting_there_is_no_page_and_the_answer_names_the_setting(path: str) -> None:
+    status, answer = ask(FakeFrontEnd(document=None), path)
+    assert status == 404
+    assert '{"live": true}' in answer["error"]
+
+
+def test_figures_are_never_kept_by_a_cache() -> None:
+    out: list[Message] = []
+    run(CarbonMiddleware(replaying([]), FakeFrontEnd())(scope("/carbon/live.json", "GET"), nothing, collecting(out)))
+    assert header(out, b"cache-control") == b"no-store"
 
 
 @pytest.mark.parametrize("path", ["/carbon/other", "/carbonara", "/carbon/requests/", "/v1/carbon"])
@@ -133,7 +162,13 @@ def test_the_endpoints_stand_below_the_root_path() -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "verb"),
-    [("status", "/carbon", "GET"), ("find", "/carbon/requests/a", "GET"), ("switch", "/carbon/hook", "PUT")],
+    [
+        ("status", "/carbon", "GET"),
+        ("find", "/carbon/requests/a", "GET"),
+        ("switch", "/carbon/hook", "PUT"),
+        ("live_page", "/carbon/live", "GET"),
+        ("live", "/carbon/live.json", "GET"),
+    ],
 )
 def test_a_failing_endpoint_says_so_and_is_counted(method: str, path: str, verb: str) -> None:
     front_end = FakeFrontEnd(failing=frozenset({method}))
@@ -141,7 +176,13 @@ def test_a_failing_endpoint_says_so_and_is_counted(method: str, path: str, verb:
     assert front_end.failures == [f"{path}: planted in {method}"]
 
 
-PRIVATE = [("/carbon", "GET"), ("/carbon/requests/a", "GET"), ("/carbon/hook", "PUT"), ("/carbon", "POST")]
+PRIVATE = [
+    ("/carbon", "GET"),
+    ("/carbon/requests/a", "GET"),
+    ("/carbon/hook", "PUT"),
+    ("/carbon", "POST"),
+    ("/carbon/live.json", "GET"),
+]
 
 
 @pytest.mark.parametrize(("path", "method"), PRIVATE)

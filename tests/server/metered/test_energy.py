@@ -41,9 +41,8 @@ def test_a_response_says_how_much_of_it_is_measured_and_its_final_figure_is_meas
     assert carbon["basis"] in ("mixed", "measured")
     final = clients.final(answer["id"])
     assert final["coverage_ratio"] == 1
-    assert {**final, "basis": 0, "coverage_ratio": 0, "energy_joules": 0, "carbon_grams": 0} == {
-        **carbon, "basis": 0, "coverage_ratio": 0, "energy_joules": 0, "carbon_grams": 0,
-    }, "only what is measured was still open"  # fmt: skip
+    open_parts = dict.fromkeys(("basis", "coverage_ratio", "energy_joules", "carbon_grams", "sci"))
+    assert {**final, **open_parts} == {**carbon, **open_parts}, "only what is measured was still open"
     assert_tokens(final, answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"])
 
 
@@ -58,6 +57,23 @@ def test_the_final_figure_of_a_request_alone_is_what_the_engine_measured_meanwhi
         grown = after[f"{phase}_joules"] - before[f"{phase}_joules"]
         assert final["energy_joules"][phase] == approx(grown, rel=SIX_DIGITS)
     assert metered_joules(final) == approx(after["attributed_joules"] - before["attributed_joules"], rel=SIX_DIGITS)
+
+
+def test_a_request_carries_the_hardware_for_the_time_it_held_it(clients: Clients, device: Device) -> None:
+    before = clients.settled()
+    with device.drawing():
+        answer = as_json(clients)
+    final = clients.final(answer["id"])
+    hardware = clients.http.get("/carbon").raise_for_status().json()["embodied"]
+    grams, held = final["carbon_grams"], final["embodied"]["held_seconds"]
+    assert grams["embodied"] == approx(held * hardware["rate_grams_per_second"], rel=SIX_DIGITS)
+    assert grams["total"] == approx(grams["operational"] + grams["embodied"], rel=SIX_DIGITS)
+    assert final["sci"]["per_request"] == grams["total"]
+    after = clients.settled()
+    name, rate = "llmco2_embodied_carbon_grams_total", hardware["rate_grams_per_second"]
+    busy = after.total("llmco2_step_duration_seconds_total") - before.total("llmco2_step_duration_seconds_total")
+    assert after.total(name, state="busy") - before.total(name, state="busy") == approx(rate * busy, rel=1e-6)
+    assert after.total(name, state="idle") > before.total(name, state="idle"), "idle time is a line of its own"
 
 
 def test_measured_energy_follows_the_power_of_the_device_while_the_estimate_stays(
