@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from llmco2_vllm.advice.front import FIGURES, best
@@ -22,12 +20,10 @@ from llmco2_vllm.advice.sweep import Advice, Question, Row, Site, advise
 from llmco2_vllm.advice.workload import open_workload
 from llmco2_vllm.advice.zones import zone_intensities
 from llmco2_vllm.assemble import model_config
+from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.core.embodied import LIFETIME_YEARS, MODELS
-from llmco2_vllm.core.hardware import device_by_name, device_names
+from llmco2_vllm.core.hardware import DeviceSpec, device_by_name, device_names
 from llmco2_vllm.core.model import ModelSpec
-
-T = TypeVar("T")
-_PROGRESS_AFTER_SECONDS = 2.0
 
 
 @click.command()
@@ -59,7 +55,7 @@ def command(as_json: bool, plot: Path | None, against: str, by: str, **options: 
     """
     try:
         question = _question(**options)
-        found = advise(question, watch=_watched)
+        found = advise(question, watch=_with_bar)
         _check_feasible(found)
         if plot is not None:
             _plot(found, plot, against)
@@ -250,18 +246,5 @@ def _ruled_out(found: Advice) -> Iterator[str]:
         yield f"not possible: {device}, TP {size}, {span}: {reason}, {first[1]}"
 
 
-def _watched(found: Iterable[T]) -> Iterator[T]:
-    """Passes items on, with a bar on a terminal once it takes longer than two seconds."""
-    items, console, begin = list(found), Console(stderr=True), monotonic()
-    progress = Progress(console=console, transient=True)
-    bar = progress.add_task("configurations", total=len(items))
-    try:
-        for item in items:
-            late = monotonic() - begin > _PROGRESS_AFTER_SECONDS
-            if console.is_terminal and late and not progress.live.is_started:
-                progress.start()
-            yield item
-            progress.advance(bar)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+def _with_bar(layouts: Sequence[tuple[DeviceSpec, int]]) -> Iterator[tuple[DeviceSpec, int]]:
+    return watched("configurations", layouts, len(layouts))

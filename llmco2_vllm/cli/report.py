@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, get_args
 
 import click
 from rich.console import Console
-from rich.progress import Progress
 
+from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.core.embodied import LIFETIME_YEARS, EmbodiedModel
 from llmco2_vllm.core.intensity import Method
 from llmco2_vllm.reporting import prometheus, stored
@@ -25,8 +25,6 @@ from llmco2_vllm.reporting.writing import markdown, tidy_csv
 from llmco2_vllm.store import reading
 from llmco2_vllm.store.database import count
 
-T = TypeVar("T")
-_PROGRESS_AFTER_SECONDS: Final = 2.0
 _SUFFIXES: Final = {".html": "html", ".htm": "html", ".csv": "csv", ".md": "markdown"}
 _FORMATS = ("markdown", "csv", "html")
 _DAY = click.DateTime(["%Y-%m-%d"])
@@ -138,7 +136,7 @@ def _from_samples(question: Question) -> Record:
     file = reading.store_path(question.samples)
     with reading.reading(file) as connection:
         total = count(connection)
-    found = _watched("reading samples", reading.samples(file), total)
+    found = watched("reading samples", reading.samples(file), total)
     return stored.read(found, question.selection, EmbodiedChoice(model, *question.lifetimes), file.name)
 
 
@@ -149,7 +147,7 @@ def _from_prometheus(question: Question) -> Record:
     if question.embodied == "none":
         asked = [one for one in asked if one.counter is None or "embodied" not in one.counter.metric]
     with closing(prometheus.Prometheus(question.prometheus)) as server:
-        return prometheus.read(server, question.selection, period, _watched("asking Prometheus", asked, len(asked)))
+        return prometheus.read(server, question.selection, period, watched("asking Prometheus", asked, len(asked)))
 
 
 def _written(report: Report, form: str) -> str:
@@ -160,20 +158,3 @@ def _written(report: Report, form: str) -> str:
     except ModuleNotFoundError as error:
         raise ValueError(f"--format html: {error.name} is not installed; pip install jinja2") from None
     return html(report)
-
-
-def _watched(what: str, found: Iterable[T], total: int) -> Iterator[T]:
-    """Passes them on, with a bar on a terminal once it takes longer than two seconds."""
-    console, begin = Console(stderr=True), time.monotonic()
-    progress = Progress(console=console, transient=True)
-    bar = progress.add_task(what, total=total)
-    try:
-        for item in found:
-            late = time.monotonic() - begin > _PROGRESS_AFTER_SECONDS
-            if late and console.is_terminal and not progress.live.is_started:
-                progress.start()
-            yield item
-            progress.advance(bar)
-    finally:
-        if progress.live.is_started:
-            progress.stop()

@@ -10,22 +10,19 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.store import reading
 from llmco2_vllm.store.database import FILE_NAME, count, used_bytes
 from llmco2_vllm.store.file import StoreFile
 from llmco2_vllm.store.sample import COLUMNS, STEP_COLUMNS, Sample
 
-T = TypeVar("T")
 _COMMIT_SAMPLES = 256
-_PROGRESS_AFTER_SECONDS = 2.0
 # The last that a date has a name for.
 _LAST_EPOCH_SECONDS = 253402300799.0
 _folder = click.option(
@@ -107,8 +104,8 @@ def export(folder: Path, file: Path, trusted: bool) -> None:
         from llmco2_vllm.store.parquet import write_parquet
 
         with reading.reading(folder) as connection:
-            watched = _Watched("exporting", count(connection))
-        written = write_parquet(watched(reading.samples(folder, trusted)), file)
+            total = count(connection)
+        written = write_parquet(watched("exporting", reading.samples(folder, trusted), total), file)
     Console(stderr=True).print(f"{file}: {written} samples", highlight=False, markup=False)
 
 
@@ -126,7 +123,7 @@ def import_samples(folder: Path, file: Path) -> None:
 
         total = sum(1 for _ in read_parquet(file))
         path = folder if folder.is_file() else folder / FILE_NAME
-        added = _add(path, _Watched("importing", total)(read_parquet(file)))
+        added = _add(path, watched("importing", read_parquet(file), total))
     screen = Console(stderr=True)
     screen.print(f"{path}: {added} samples added, {total - added} skipped", highlight=False, markup=False)
 
@@ -142,31 +139,6 @@ def _add(path: Path, found: Iterable[Sample]) -> int:
     finally:
         target.close()
     return added
-
-
-class _Watched:
-    """Passes samples on, with a bar on a terminal once it takes longer than two seconds."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total = what, total
-
-    def __call__(self, found: Iterable[T]) -> Iterator[T]:
-        console, begin = Console(stderr=True), monotonic()
-        progress = Progress(console=console, transient=True)
-        bar = progress.add_task(self.what, total=self.total)
-        try:
-            for item in found:
-                if (
-                    console.is_terminal
-                    and not progress.live.is_started
-                    and monotonic() - begin > _PROGRESS_AFTER_SECONDS
-                ):
-                    progress.start()
-                yield item
-                progress.advance(bar)
-        finally:
-            if progress.live.is_started:
-                progress.stop()
 
 
 @contextmanager

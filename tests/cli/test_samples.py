@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from pyarrow import parquet
 
 from benchmarks.store_kill import made_sample
-from llmco2_vllm.cli import samples as cli
+from llmco2_vllm.cli import progress
 from llmco2_vllm.cli.main import main
 from llmco2_vllm.store.database import FILE_NAME, MIGRATIONS, connect, insert
 from llmco2_vllm.store.reading import samples
@@ -91,7 +91,7 @@ def test_a_bar_is_shown_on_a_terminal_alone_and_only_when_it_takes_long(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
     quick = run(folder, "export", "--parquet", tmp_path / "a.parquet")
-    monkeypatch.setattr(cli, "_PROGRESS_AFTER_SECONDS", -1.0)
+    monkeypatch.setattr(progress, "SHOWN_AFTER_SECONDS", -1.0)
     slow = run(folder, "export", "--parquet", tmp_path / "a.parquet")
     assert "exporting" not in quick.stderr and ("exporting" in slow.stderr) == terminal
     assert quick.exit_code == slow.exit_code == 0 and "10 samples" in slow.stderr
