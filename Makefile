@@ -13,7 +13,7 @@ PORT ?=
 MODEL ?=
 DEMO = $(BIN)/llmco2 demo $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help env model demo serve test test-fast observability lint bench matrix lock clean
+.PHONY: help env model demo serve test test-fast observability panels pictures lint bench matrix lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,13 @@ test-fast: env ## the tests that start neither an engine nor a server
 observability: model ## Prometheus scrapes real servers: every panel has data, kept in build/observability
 	@$(BIN)/python dev/prometheus.py
 	@$(BIN)/python -m pytest tests/dashboards tests/observability
+
+panels: ## the dashboard's panels drawn by Grafana's UI library from the last make observability (Node, npm, Chromium)
+	@command -v node >/dev/null && command -v npm >/dev/null || { echo "make panels: no Node; run: apt install nodejs npm" >&2; exit 1; }
+	@node dev/panels/draw.mjs
+
+pictures: env panels ## the README's two pictures of the dashboard
+	@$(BIN)/python dev/panels/pictures.py
 
 lint: env ## ruff and mypy
 	@$(BIN)/ruff check .
