@@ -13,7 +13,7 @@ PORT ?=
 MODEL ?=
 DEMO = $(BIN)/llmco2 demo $(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL))
 
-.PHONY: help env model demo serve test test-fast observability panels pictures lint bench matrix lock clean
+.PHONY: help env model demo serve test test-fast prometheus observability panels pictures lint bench matrix lock clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,15 +31,18 @@ demo: env ## real model, real server, real requests: what did they cost? (PORT=,
 serve: env ## the demo's server, left up until Ctrl-C (PORT=, MODEL=)
 	@$(DEMO) --serve
 
-test: lint model ## everything: lint, types, all tests with vLLM's engine and server
+test: lint model prometheus ## everything: lint, types, all tests with vLLM's engine and server
 	@$(BIN)/python -m pytest
 
 test-fast: env ## the tests that start neither an engine nor a server
 	@$(BIN)/python -m pytest -m "not engine and not server"
 
-observability: model ## Prometheus scrapes real servers: every panel has data, kept in build/observability
-	@$(BIN)/python dev/prometheus.py
+prometheus: env ## Prometheus and promtool from Debian's packages into .cache; without them their tests are skipped
+	-@$(BIN)/python dev/prometheus.py
+
+observability: model prometheus ## Prometheus scrapes real servers: every panel has data, and is drawn in build/observability
 	@$(BIN)/python -m pytest tests/dashboards tests/observability
+	@$(MAKE) panels
 
 panels: ## the dashboard's panels drawn by Grafana's UI library from the last make observability (Node, npm, Chromium)
 	@command -v node >/dev/null && command -v npm >/dev/null || { echo "make panels: no Node; run: apt install nodejs npm" >&2; exit 1; }
