@@ -78,8 +78,6 @@ def check_settings(settings: Settings) -> None:
             device_by_name(settings.device)
     except (KeyError, ValueError) as error:
         raise ConfigError(f"device={settings.device!r} is not possible; {error.args[0]}") from None
-    if settings.intensity is not None and settings.provider not in (None, "constant"):
-        raise ConfigError(f"intensity={settings.intensity!r} is not possible with the provider {settings.provider}")
     open_accountant(settings, settings.device)
     try:
         _bundle(settings.predictor)
@@ -103,12 +101,13 @@ def open_accountant(
     Raises ConfigError with one line that names the key and what is allowed.
     """
     choice = GridChoice(
-        provider=settings.provider or _provider_of(settings), zone=settings.zone, region=settings.region,
-        grams_per_kwh=settings.intensity, file=settings.intensity_file, method=settings.intensity_method,
-        factors=settings.intensity_factors, key_file=settings.key_file, base_url=settings.provider_url,
-        cache=settings.cache,
+        provider=_provider_of(settings), zone=settings.zone, region=settings.region,
+        grams_per_kwh=settings.intensity, intensity_file=settings.intensity_file,
+        method=settings.intensity_method or "average", factors=settings.intensity_factors,
+        key_file=settings.key_file, provider_url=settings.provider_url, cache=settings.cache,
     )  # fmt: skip
     try:
+        _check_agreement(settings, choice.provider)
         chain = open_chain(choice, environment)
         site = None if settings.region is None else region(settings.region)
         hardware = _hardware(settings, device_name, devices)
@@ -120,14 +119,49 @@ def open_accountant(
     node = Node.stated(pue, settings.node_overhead, settings.auxiliary, source)
     market = None
     if settings.market_intensity is not None:
-        market = Intensity(settings.market_intensity, settings.zone, "average", "market", "settings", False)
-    return Accountant(chain, market, node, hardware)
+        zone = settings.zone if site is None else site.zone
+        market = Intensity(settings.market_intensity, zone, "average", "market", "settings", False)
+    return Accountant(chain, market, node, hardware, settings.utilisation)
 
 
 def _provider_of(settings: Settings) -> str:
+    if settings.provider is not None:
+        return settings.provider
     if settings.intensity is not None:
         return "constant"
     return "static" if settings.intensity_file is None else "file"
+
+
+def _check_agreement(settings: Settings, provider: str) -> None:
+    """Settings that contradict each other. Raises ValueError that names the key and what is allowed."""
+    live = ("electricity-maps", "watttime", "uk-carbon-intensity")
+    takers: dict[str, tuple[str, ...]] = {
+        "intensity": ("constant",),
+        "intensity_file": ("file",),
+        "key_file": ("electricity-maps", "watttime"),
+        "provider_url": live,
+    }
+    for key, providers in takers.items():
+        if getattr(settings, key) is not None and provider not in providers:
+            raise ValueError(
+                f"{key} and provider {provider} are both there; allowed: {key} with {' or '.join(providers)}"
+            )
+    # What a source gives by itself may be said, and nothing else.
+    given = {
+        "intensity_method": {"static": "average", "electricity-maps": "average", "uk-carbon-intensity": "average",
+                             "watttime": "marginal"},
+        "intensity_factors": {"static": "lifecycle", "uk-carbon-intensity": "direct"},
+    }  # fmt: skip
+    for key, by_itself in given.items():
+        said = getattr(settings, key)
+        if said is not None and said != by_itself.get(provider, said):
+            only = by_itself[provider]
+            raise ValueError(f"{key}={said!r} is not possible with provider {provider}; allowed: {only}")
+    methods = settings.intensity_method, given["intensity_method"].get(provider)
+    if settings.market_intensity is not None and "marginal" in methods:
+        raise ValueError("market_intensity stands beside an average; allowed: with an intensity_method of average")
+    if settings.embodied_idle == "busy" and settings.utilisation is None:
+        raise ValueError("utilisation is missing for embodied_idle='busy'; allowed: more than 0, up to 1")
 
 
 def _hardware(settings: Settings, device_name: str | None, devices: int) -> Hardware | None:

@@ -14,10 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 ENVIRONMENT_PREFIX = "LLMCO2_"
 ENABLE_VARIABLE = "LLMCO2_CARBON"
+# What is typed here by mistake may be a secret, and messages go to logs.
+NOT_SHOWN = {"key_file", "provider_url"}
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off", ""}
 
@@ -53,8 +55,8 @@ class Settings(BaseModel):
     intensity_file: Path | None = Field(
         None, description="CSV (also .gz) or Parquet with a column datetime_utc and one of g CO2e/kWh"
     )
-    intensity_method: Literal["average", "marginal"] = Field(
-        "average", description="What intensity or intensity_file hold: average or marginal"
+    intensity_method: Literal["average", "marginal"] | None = Field(
+        None, description="What intensity or intensity_file hold, average or marginal; without it average"
     )
     intensity_factors: Literal["lifecycle", "direct"] | None = Field(
         None, description="What the figures count, lifecycle or direct (combustion alone)"
@@ -85,7 +87,12 @@ class Settings(BaseModel):
         4.0, description="Years until the host is written off, 3 to 5"
     )
     embodied_idle: Literal["line", "busy"] = Field(
-        "line", description="Embodied carbon of idle time: line (of its own) or busy (carried by busy time)"
+        "line",
+        description="Embodied carbon of idle time: line (of its own), or busy (carried by the time of requests, which "
+        "needs utilisation)",
+    )
+    utilisation: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="Planned busy part of the hardware's life, more than 0, up to 1; for embodied_idle busy"
     )
     device: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Device of the catalog to use in place of the detected one: h100-sxm, cpu, ..."
@@ -113,6 +120,14 @@ class Settings(BaseModel):
     headers: bool = Field(False, description="Add x-carbon-* headers to responses that are not streamed")
     live: bool = Field(False, description="Serve GET /carbon/live, a page with the figures of now, behind the API key")
     switch: bool = Field(False, description="Let PUT /carbon/hook turn the hook off and on at run time")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        # true would be taken for 1.
+        if isinstance(value, bool) and info.field_name not in ("headers", "live", "switch"):
+            raise ValueError("neither true nor false")
+        return value
 
     @field_validator("samples", "cache")
     @classmethod
@@ -187,8 +202,9 @@ def build_settings(*layers: tuple[str, Mapping[str, Any]]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
+        shown = "..." if key in NOT_SHOWN else repr(merged.get(key))
         raise ConfigError(
-            f"{origin.get(key, 'settings')}: {key}={merged.get(key)!r} is not possible; allowed: {allowed(key)}"
+            f"{origin.get(key, 'settings')}: {key}={shown} is not possible; allowed: {allowed(key)}"
         ) from None
 
 

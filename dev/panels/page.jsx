@@ -112,10 +112,10 @@ function Stat(props) {
 
 function Bars(props) {
   const { panel, theme, width, height } = props;
-  const { displayMode, namePlacement, orientation, showUnfilled, valueMode } = panel.options;
+  const { displayMode, namePlacement, orientation, showUnfilled, text, valueMode } = panel.options;
   const bar = ({ value: { display, field, view, colIndex }, width, height, alignmentFactors, orientation, count }) => (
     <UI.BarGauge
-      {...{ alignmentFactors, displayMode, field, height, namePlacement, orientation, showUnfilled, theme, width }}
+      {...{ alignmentFactors, displayMode, field, height, namePlacement, orientation, showUnfilled, text, theme, width }}
       value={display}
       display={view?.getFieldDisplayProcessor(colIndex ?? 0)}
       itemSpacing={10}

@@ -20,8 +20,8 @@ def main() -> None:
         if not (DRAWN / name).is_file():
             raise SystemExit(f"{DRAWN / name}: not there; run make panels")
         with Image.open(DRAWN / name) as picture:
-            # The other methods give rare colours away, and a line of a chart is one.
-            few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            # The other methods give rare colours away, and a line of a chart is one; kmeans keeps the ground's.
+            few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
         few.save(KEPT / kept, optimize=True)
         size = (KEPT / kept).stat().st_size
         print(f"{(KEPT / kept).relative_to(ROOT)}: {size / 1000:.0f} kB")

@@ -30,12 +30,19 @@ class Ownership:
 
     hold: ``devices``, those of the engine with their share of the host, or ``server``, the whole server of eight
         however many of them work, as HotCarbon'24 charges its server; the others then idle beside.
-    model: of the embodied catalog. lifetime_years: 3 to 5, of devices and host.
+    model: of the embodied catalog. lifetime_years: 3 to 5, of devices. host_lifetime_years: of their hosts, which may
+        outlive them; None is as long as the devices.
     """
 
     hold: Hold = "devices"
     model: EmbodiedModel = "product"
     lifetime_years: float = 4.0
+    host_lifetime_years: float | None = None
+
+    @property
+    def host_years(self) -> float:
+        """Over how many years a host is written off."""
+        return self.lifetime_years if self.host_lifetime_years is None else self.host_lifetime_years
 
     def of(self, device: DeviceSpec, devices: int) -> Held:
         """What an engine on ``devices`` of one kind holds. Raises ValueError for a lifetime that is not possible."""
@@ -52,6 +59,6 @@ class Ownership:
         if host is None:
             notes += (f"{device.name}: embodied without the host",)
         else:
-            holdings.append(Holding(host.grams, self.lifetime_years, count))
+            holdings.append(Holding(host.grams, self.host_years, count))
             notes += tuple(f"{device.name}: {note}" for note in host.notes)
         return Held(grams_per_second(holdings), watts, notes)

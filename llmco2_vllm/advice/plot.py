@@ -42,15 +42,26 @@ def grams(row: Row) -> float:
     return row.operational_grams if row.total_grams is None else row.total_grams
 
 
+def check_plot(path: Path) -> None:
+    """Raises PlotError when no image of that name could be drawn, before there is anything to draw."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError:
+        raise PlotError("matplotlib is not installed; pip install matplotlib") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    suffix = path.suffix.lower().removeprefix(".")
+    if suffix and suffix not in known:
+        raise PlotError(f".{suffix} is no image; allowed: {', '.join(sorted(known))}")
+
+
 def draw(rows: Sequence[Row], path: Path, against: str = "tpot") -> None:
     """Write an image of ``rows``. Raises PlotError, and OSError or ValueError of the file or its format.
 
     Rows without an embodied figure are left out as soon as others have one: they are not comparable.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise PlotError("matplotlib is not installed; pip install 'llmco2-vllm[train]'") from None
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     label, value, sign = AXES[against]
     whole = any(row.total_grams is not None for row in rows)
     shown = [row for row in rows if value(row) is not None and (row.total_grams is not None or not whole)]

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from llmco2_vllm.advice.front import FIGURES, best
 from llmco2_vllm.advice.held import HOLDS, Ownership
-from llmco2_vllm.advice.plot import AXES, PlotError, draw
+from llmco2_vllm.advice.plot import AXES, PlotError, check_plot, draw
 from llmco2_vllm.advice.slo import Slo
 from llmco2_vllm.advice.sweep import Advice, Question, Row, Site, advise
 from llmco2_vllm.advice.workload import open_workload
-from llmco2_vllm.advice.zones import zone_intensities
+from llmco2_vllm.advice.zones import ZoneIntensity, zone_intensities
 from llmco2_vllm.assemble import model_config
+from llmco2_vllm.cli.options import FiniteRange
 from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.core.embodied import LIFETIME_YEARS, MODELS
 from llmco2_vllm.core.hardware import DeviceSpec, device_by_name, device_names
@@ -40,9 +41,10 @@ from llmco2_vllm.core.model import ModelSpec
     "--hold", default="devices", show_default=True, type=click.Choice(HOLDS), help="What hardware is charged."
 )
 @click.option("--embodied", default="product", show_default=True, type=click.Choice(MODELS), help="Embodied model.")
-@click.option("--lifetime-years", default=4.0, type=click.FloatRange(*LIFETIME_YEARS), show_default=True)
-@click.option("--pue", default=1.0, type=click.FloatRange(1, 5), show_default=True)
-@click.option("--node-overhead", type=click.FloatRange(0, 5), help="Host as a fraction of device energy.")
+@click.option("--lifetime-years", default=4.0, type=FiniteRange(*LIFETIME_YEARS), show_default=True, help="Of devices.")
+@click.option("--host-lifetime-years", type=FiniteRange(*LIFETIME_YEARS), help="Of their hosts. [as --lifetime-years]")
+@click.option("--pue", default=1.0, type=FiniteRange(1, 5), show_default=True)
+@click.option("--node-overhead", type=FiniteRange(0, 5), help="Host as a fraction of device energy.")
 @click.option("--predictor", default="gnn", show_default=True, help="gnn, roofline, or a bundle file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every row.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the Pareto front into this image.")
@@ -54,6 +56,8 @@ def command(as_json: bool, plot: Path | None, against: str, by: str, **options: 
     out. None of them is measured.
     """
     try:
+        if plot is not None:
+            _check_plot(plot)
         question = _question(**options)
         found = advise(question, watch=_with_bar)
         _check_feasible(found)
@@ -77,7 +81,9 @@ def _question(model: Path, workload: str, devices: str, zones: str, **options: A
         devices=list({spec.name: spec for spec in map(device_by_name, names)}.values()),
         zones=zone_intensities(_words(zones, "zones"), files),
         slo=Slo.parse(options["slo"]),
-        ownership=Ownership(options["hold"], options["embodied"], options["lifetime_years"]),
+        ownership=Ownership(
+            options["hold"], options["embodied"], options["lifetime_years"], options["host_lifetime_years"]
+        ),
         site=Site(options["pue"], options["node_overhead"]),
         predictor=options["predictor"],
         token_budget=options["token_budget"],
@@ -119,6 +125,13 @@ def _check_feasible(found: Advice) -> None:
         )
 
 
+def _check_plot(path: Path) -> None:
+    try:
+        check_plot(path)
+    except PlotError as error:
+        raise ValueError(f"--plot {path}: {error}") from None
+
+
 def _plot(found: Advice, path: Path, against: str) -> None:
     try:
         draw(found.rows, path, against)
@@ -131,6 +144,7 @@ def _plot(found: Advice, path: Path, against: str) -> None:
 def document(question: Question, found: Advice, by: str) -> dict[str, Any]:
     """All of an advice, for JSON; what is not known is left out."""
     ownership, site = question.ownership, question.site
+    chosen = best(found.rows, by).values()
     overhead = {} if site.node_overhead_ratio is None else {"node_overhead_ratio": site.node_overhead_ratio}
     return {
         "schema": "llmco2-advice/1",
@@ -138,19 +152,37 @@ def document(question: Question, found: Advice, by: str) -> dict[str, Any]:
         "unit": "1000 output tokens, the prefill of their prompts included",
         "workload": question.workload.to_dict(),
         "slo": question.slo.to_dict(),
-        "embodied": {"model": ownership.model, "hold": ownership.hold, "lifetime_years": ownership.lifetime_years},
+        "embodied": {
+            "model": ownership.model,
+            "hold": ownership.hold,
+            "lifetime_years": ownership.lifetime_years,
+            "host_lifetime_years": ownership.host_years,
+        },
         "site": {"pue": site.pue, **overhead},
-        "zones": [
-            {"zone": zone.zone, "grams_per_kwh": zone.grams_per_kwh, "source": zone.source} for zone in question.zones
-        ],
+        "zones": [_zone_document(zone) for zone in question.zones],
         "best_by": by,
-        "best": [row.to_dict() for row in best(found.rows, by).values()],
+        "best": [row.to_dict() for row in chosen],
+        "best_by_operational": sorted({row.configuration.device for row in chosen if FIGURES[by](row) is None}),
         "rows": [row.to_dict() for row in found.rows],
         "infeasible": [
             {**one.configuration._asdict(), "reason": one.reason, "detail": one.detail} for one in found.infeasible
         ],
         "notes": list(found.notes),
     }
+
+
+def _zone_document(zone: ZoneIntensity) -> dict[str, Any]:
+    told = {
+        "zone": zone.zone,
+        "grams_per_kwh": zone.grams_per_kwh,
+        "source": zone.source,
+        "method": zone.kind.method,
+        "factors": zone.kind.factors,
+        "estimated": zone.estimated,
+        "year": zone.year,
+        "age_seconds": zone.age_seconds,
+    }
+    return {key: value for key, value in told.items() if value is not None}
 
 
 def _show(question: Question, found: Advice, by: str) -> None:
@@ -165,7 +197,9 @@ def _show(question: Question, found: Advice, by: str) -> None:
     for zone in question.zones:
         rows = [row for (name, _), row in chosen.items() if name == zone.zone]
         rows.sort(key=lambda row: _order(row, by))
-        console.print(_table(f"{zone.zone}, {zone.grams_per_kwh:.0f} g/kWh ({zone.source}): least {by}", rows))
+        console.print(
+            _table(f"{zone.zone}, {zone.grams_per_kwh:.0f} g/kWh ({zone.source}): {_ranking(rows, by)}", rows)
+        )
         for row in rows:
             if row.best_hour is not None and row.worst_hour is not None:
                 hours = [
@@ -187,6 +221,14 @@ def _order(row: Row, by: str) -> tuple[bool, float]:
     """Ascending in ``by``; devices of which it is not known come last."""
     value = FIGURES[by](row)
     return value is None, row.operational_grams if value is None else value
+
+
+def _ranking(rows: Sequence[Row], by: str) -> str:
+    """By what rows are the best: ``by``, or operational carbon where that needs an embodied figure nobody knows."""
+    known = [FIGURES[by](row) is not None for row in rows]
+    if not any(known):
+        return f"least operational, as {by} needs an embodied figure that is not known"
+    return f"least {by}" + ("" if all(known) else "; least operational where no embodied figure is known")
 
 
 def _table(title: str, rows: Sequence[Row]) -> Table:

@@ -93,7 +93,7 @@ def _draw(found: Figures, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise click.ClickException("--chart: matplotlib is not installed; pip install 'llmco2-vllm[train]'") from None
+        raise click.ClickException("--chart: matplotlib is not installed; pip install matplotlib") from None
     names = [phase.name for phase in found.phases]
     operational = [convert(phase.operational_grams, "g", "t") for phase in found.phases]
     held = [(phase.embodied_grams or 0.0) + (phase.embodied_idle_grams or 0.0) for phase in found.phases]

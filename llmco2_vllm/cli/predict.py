@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmco2_vllm.assemble import model_config, open_accountant, predictor_of
+from llmco2_vllm.cli.options import FiniteRange
 from llmco2_vllm.config import build_settings
 from llmco2_vllm.core.batch import BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Predictor
@@ -43,8 +44,8 @@ class Question:
 @click.option("--prompt", required=True, type=click.IntRange(1), help="Prompt tokens of each request.")
 @click.option("--output", required=True, type=click.IntRange(1), help="Output tokens of each request.")
 @click.option("--predictor", default="gnn", show_default=True, help="gnn, roofline, or a bundle file.")
-@click.option("--intensity", type=click.FloatRange(0), help="g CO2e per kWh; the world average without it.")
-@click.option("--pue", default=1.0, type=click.FloatRange(1), show_default=True)
+@click.option("--intensity", type=FiniteRange(0), help="g CO2e per kWh; the world average without it.")
+@click.option("--pue", default=1.0, type=FiniteRange(1), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool, **options: Any) -> None:
     """Predict energy and carbon of a batch of requests: prefill, decode, interval."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
 import click
 from rich.console import Console
 
+from llmco2_vllm.cli.options import FiniteRange
 from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.core.embodied import LIFETIME_YEARS, EmbodiedModel
 from llmco2_vllm.core.intensity import Method
@@ -28,14 +29,14 @@ from llmco2_vllm.store.database import count
 _SUFFIXES: Final = {".html": "html", ".htm": "html", ".csv": "csv", ".md": "markdown"}
 _FORMATS = ("markdown", "csv", "html")
 _DAY = click.DateTime(["%Y-%m-%d"])
-_YEARS = click.FloatRange(*LIFETIME_YEARS)
-_RATIO = click.FloatRange(0, 5)
+_YEARS = FiniteRange(*LIFETIME_YEARS)
+_RATIO = FiniteRange(0, 5)
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What was asked for. samples, prometheus: where it is read from, one of the two."""
+    """What was asked for. samples, prometheus: where it is read from, one of the two. match: of Prometheus's labels."""
 
     samples: Path | None
     prometheus: str | None
@@ -44,17 +45,23 @@ class Question:
     embodied: str | None
     lifetimes: tuple[float, float]
     units: tuple[str, ...]
+    match: str = ""
 
     def __post_init__(self) -> None:
         if (self.samples is None) == (self.prometheus is None):
             raise ValueError("--samples or --prometheus is needed, one of the two")
         if self.prometheus is not None and self.embodied not in (None, "none"):
             raise ValueError("--embodied is for --samples; Prometheus has what the servers counted, or none")
+        if self.match:
+            if self.prometheus is None:
+                raise ValueError("--match is for --prometheus; samples have no labels")
+            prometheus.check_match(self.match)
 
 
 @click.command()
 @click.option("--samples", type=click.Path(path_type=Path), help="Folder of samples, or the file in it.")
 @click.option("--prometheus", metavar="URL", help="Prometheus that scrapes the servers: http://HOST:9090.")
+@click.option("--match", default="", metavar="MATCHERS", help='Only these series: \'instance="a",job=~"x.*"\'.')
 @click.option(
     "--from",
     "first",
@@ -66,13 +73,13 @@ class Question:
 @click.option("--model", help="Only this model: its name, of samples the begin of its fingerprint.")
 @click.option("--zone", help="Grid zone, as Electricity Maps names it: FR, US-CAL-CISO.")
 @click.option("--region", help="Cloud region instead of a zone: aws:eu-west-3. Its PUE is taken, where one is known.")
-@click.option("--intensity", type=click.FloatRange(0, 3000), help="g CO2e/kWh, the same for every hour.")
+@click.option("--intensity", type=FiniteRange(0, 3000), help="g CO2e/kWh, the same for every hour.")
 @click.option("--intensity-file", type=_FILE, help="g CO2e/kWh by the hour: .csv, .csv.gz, .parquet.")
 @click.option("--market-intensity", metavar="NUMBER|FILE", help="The same with contracts, shown beside the other.")
 @click.option(
     "--method", type=click.Choice(get_args(Method)), default="average", show_default=True, help="Of intensity."
 )
-@click.option("--pue", type=click.FloatRange(1, 5), help="Power usage effectiveness of the site.")
+@click.option("--pue", type=FiniteRange(1, 5), help="Power usage effectiveness of the site.")
 @click.option("--node-overhead", type=_RATIO, help="CPUs and memory as a fraction of the devices' energy.")
 @click.option("--auxiliary", type=_RATIO, help="Fans, network, losses as a fraction of devices and host.")
 @click.option("--embodied", type=click.Choice([*get_args(EmbodiedModel), "none"]), help="[samples: product]")
@@ -88,8 +95,8 @@ def command(form: str | None, output: Path | None, **options: Any) -> None:
     predicted is never among the metered figures.
     """
     try:
-        report = make(_question(options))
-        text = _written(report, form or _SUFFIXES.get(output.suffix.lower() if output else "", "markdown"))
+        write = _writer(form or _format_of(output))
+        text = write(make(_question(options)))
         if output is None:
             click.echo(text, nl=False)
             return
@@ -126,6 +133,7 @@ def _question(options: Mapping[str, Any]) -> Question:
         options["embodied"],
         (options["lifetime_years"], options["host_lifetime_years"]),
         options["units"],
+        options["match"],
     )
 
 
@@ -143,18 +151,30 @@ def _from_samples(question: Question) -> Record:
 def _from_prometheus(question: Question) -> Record:
     assert question.prometheus is not None  # as the question checks
     period = prometheus.asked_period(question.selection, time.time())
-    asked = prometheus.questions(period)
+    asked = prometheus.questions(period, question.match)
     if question.embodied == "none":
-        asked = [one for one in asked if one.counter is None or "embodied" not in one.counter.metric]
+        asked = [one for one in asked if isinstance(one.of, str) or "embodied" not in one.of.metric]
     with closing(prometheus.Prometheus(question.prometheus)) as server:
-        return prometheus.read(server, question.selection, period, watched("asking Prometheus", asked, len(asked)))
+        found = prometheus.read(server, question.selection, period, watched("asking Prometheus", asked, len(asked)))
+    return replace(found, source=f"{found.source}, {question.match}") if question.match else found
 
 
-def _written(report: Report, form: str) -> str:
+def _format_of(output: Path | None) -> str:
+    """The format that the name of a file asks for; Markdown without a suffix. Raises ValueError for another suffix."""
+    suffix = "" if output is None else output.suffix.lower()
+    if suffix and suffix not in _SUFFIXES:
+        raise ValueError(
+            f"-o {output}: {suffix} is no format; allowed: {', '.join(_SUFFIXES)}, or --format {'|'.join(_FORMATS)}"
+        )
+    return _SUFFIXES.get(suffix, "markdown")
+
+
+def _writer(form: str) -> Callable[[Report], str]:
+    """What writes a format, before anything is read. Raises ValueError when its library is not there."""
     if form != "html":
-        return markdown(report) if form == "markdown" else tidy_csv(report)
+        return markdown if form == "markdown" else tidy_csv
     try:
         from llmco2_vllm.reporting.page import html
     except ModuleNotFoundError as error:
         raise ValueError(f"--format html: {error.name} is not installed; pip install jinja2") from None
-    return html(report)
+    return html

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmco2_vllm.dashboards.panels import Json, areas, bars, heatmap, lines, percentiles, stat, table
-from llmco2_vllm.dashboards.promql import RANGE, RATE, excess, increase, mean, plus, quantile, rate, ratio, total
+from llmco2_vllm.dashboards.promql import RATE, excess, increase, mean, plus, quantile, rate, ratio, told, total
 from llmco2_vllm.dashboards.series import (
     CARBON,
     CHARGED,
@@ -30,7 +30,7 @@ from llmco2_vllm.dashboards.series import (
 
 def now() -> Iterator[Placed]:
     """What is drawn and emitted at this moment, and whether the prediction is right."""
-    yield from ((tile, 4, 4) for tile in _now_tiles())
+    yield from ((tile, 4, 5) for tile in _now_tiles())
     yield from ((panel, 8, 8) for panel in _now_over_time())
 
 
@@ -47,13 +47,13 @@ def _now_tiles() -> Iterator[Json]:
     yield stat(
         "Energy per token",
         "Metered energy of requests per token computed; idle energy is apart.",
-        ratio(rate(ENERGY), rate(TOKENS)),
+        told(rate(ENERGY), rate(TOKENS)),
         "joule",
     )
     yield stat(
         "Carbon per 1 000 tokens",
         "Operational CO2e of requests per 1 000 tokens computed.",
-        f"1000 * {ratio(rate(CARBON), rate(TOKENS))}",
+        f"1000 * {told(rate(CARBON), rate(TOKENS))}",
         "massg",
     )
     yield stat(
@@ -66,7 +66,7 @@ def _now_tiles() -> Iterator[Json]:
     yield stat(
         "Idle share",
         "Part of the metered energy that no request used.",
-        ratio(rate(IDLE), rate(METERED)),
+        told(rate(IDLE), rate(METERED)),
         "percentunit",
     )
 
@@ -108,21 +108,21 @@ def requests() -> Iterator[Placed]:
     ):
         text = "Over finished requests, metered; percentiles are interpolated within buckets, the mean is exact."
         yield percentiles(title, text, histogram, unit), 6, 7
-    yield _by_model(), 12, 7
-    yield _requests_predicted(), 12, 7
-    yield from ((panel, 8, 7) for panel in _by_phase())
+    yield _by_model(), 24, 5
+    yield from ((panel, 6, 7) for panel in (_requests_predicted(), *_by_phase()))
 
 
 def _by_model() -> Json:
     model = "model_name"
     energy, tokens = increase(ENERGY, by=model), increase(TOKENS, by=model)
     charged = plus(energy, increase(ESTIMATED, by=model))
+    totals = (increase(f"{REQUEST_CARBON}_{part}", by=model) for part in ("sum", "count"))
     columns = [
         ("Energy", energy, "joule"),
         ("Carbon", increase(CARBON, by=model), "massg"),
         ("Tokens", tokens, "short"),
-        ("Energy per token", ratio(energy, tokens), "joule"),
-        ("Carbon per request", mean(REQUEST_CARBON, RANGE, by=model), "massg"),
+        ("Energy per token", told(energy, tokens), "joule"),
+        ("Carbon per request", told(*totals), "massg"),
         ("Prediction error", excess(increase(PREDICTED, by=model), charged), "percentunit"),
     ]
     return table("By model", "Metered figures of requests over the range shown.", {model: "Model"}, columns)
@@ -130,7 +130,7 @@ def _by_model() -> Json:
 
 def _requests_predicted() -> Json:
     return lines(
-        "Energy per request, predicted against measured",
+        "Energy per request, as predicted",
         "Means over finished requests, and what the dearest were predicted to take.",
         [
             (mean(REQUEST_ENERGY, RATE), "measured"),
@@ -171,8 +171,12 @@ def energy() -> Iterator[Placed]:
     )
     went = [(increase(ENERGY), "requests"), *((increase(name), part) for part, name in PARTS.items())]
     went += [(increase(IDLE, 'state="awake"'), "awake"), (increase(IDLE, 'state="sleeping"'), "sleeping")]
-    went.append((increase("llmco2_unpriced_energy_joules_total"), "requests without an intensity"))
-    text = "Metered energy over the range shown. Aborted, recomputed and rejected are parts of that of requests."
+    unpriced = increase("llmco2_unpriced_energy_joules_total", 'energy!="predicted"')
+    went.append((unpriced, "without an intensity"))
+    text = (
+        "Metered energy over the range shown. Aborted, recomputed and rejected are parts of that of requests; "
+        "without an intensity there is energy and no grams."
+    )
     yield bars("Where the energy went", text, went, "joule"), 12, 8
     yield from ((panel, 8, 7) for panel in _energy_of_requests())
     yield from ((panel, 8, 7) for panel in _energy_beside_requests())
@@ -195,6 +199,7 @@ def _energy_of_requests() -> Iterator[Json]:
             (rate("llmco2_rejected_draft_tokens_total"), "rejected drafts"),
         ],
         "short",
+        axisSoftMax=1,
     )
     yield lines(
         "Aborted energy, predicted against measured",

@@ -8,7 +8,7 @@ from llmco2_vllm.dashboards.dashboard import TITLE, dashboard
 from llmco2_vllm.dashboards.panels import Json
 from llmco2_vllm.dashboards.promql import families
 from llmco2_vllm.dashboards.rules import ALERTS, RECORDS
-from llmco2_vllm.telemetry.metrics import METRICS
+from llmco2_vllm.telemetry.metric_table import METRICS
 
 _HEAD = """\
 # Metrics
@@ -24,6 +24,7 @@ _LABELS = {
     "model_name": "first served name of the model",
     "engine": "number of the engine, which is its rank in data parallelism; `front_end` for failures there",
     "phase": "`prefill`: values known before, as of the prompt; `decode`: tokens just sampled, and drafts",
+    "energy": "what energy has no grams: `requests`, `idle`, or `predicted` (of all steps)",
     "phase_mix": "what the work of a window was: `prefill`, `decode` or `mixed`",
     "state": "`awake` or `sleeping` of an engine without steps; `busy` or `idle` of embodied carbon",
     "trusted": "`yes` or `no`",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llmco2_vllm.dashboards.colours import overrides
 from llmco2_vllm.dashboards.promql import RATE, families, mean, quantile
 
 Json = dict[str, Any]
@@ -17,41 +18,17 @@ DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
 NO_VALUE = "Not measured"
 NEUTRAL: tuple[tuple[str, float | None], ...] = (("blue", None),)
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-# Grafana's named colours follow its light and dark themes. A phase or a part of energy has the same in every panel.
-COLOURS = {
-    "prefill": "blue",
-    "decode": "purple",
-    "idle": "yellow",
-    "awake": "yellow",
-    "sleeping": "light-yellow",
-    "requests": "blue",
-    "busy": "blue",
-    "aborted": "orange",
-    "recomputed": "dark-orange",
-    "rejected drafts": "light-orange",
-    "embodied": "green",
-    "measured": "blue",
-    "metered": "blue",
-    "predicted": "purple",
-    "location": "blue",
-    "market": "green",
-    "p50": "light-blue",
-    "p95": "blue",
-    "p99": "dark-blue",
-    "mean": "purple",
-    "trusted": "blue",
-    "not trusted": "orange",
-}
-# What a legend made of a label reads.
-_VALUES = {
-    "{{phase}}": ("prefill", "decode"),
-    "{{phase_mix}}": ("prefill", "mixed", "decode"),
-    "{{state}}": ("awake", "sleeping", "busy", "idle"),
-    "{{basis}}": ("location", "market"),
-}
 _TOOLTIP = {"mode": "multi", "sort": "desc"}
-_LAST = {"calcs": ["lastNotNull"], "fields": "", "values": False}
-_NO_TRAFFIC: Json = {"type": "special", "options": {"match": "nan", "result": {"index": 0, "text": "No traffic"}}}
+# lastNotNull would pass over NaN, back to when there was traffic.
+_LAST = {"calcs": ["last"], "fields": "", "values": False}
+
+
+def _special(match: str, text: str, index: int) -> Json:
+    """Words for what is no number, in no colour that judges."""
+    return {"type": "special", "options": {"match": match, "result": {"text": text, "color": "text", "index": index}}}
+
+
+_NO_NUMBERS = [_special("nan", "No traffic", 0), _special("null", NO_VALUE, 1)]
 
 
 def stat(title: str, text: str, query: str, unit: str, steps: Sequence[tuple[str, float | None]] = NEUTRAL) -> Json:
@@ -59,7 +36,8 @@ def stat(title: str, text: str, query: str, unit: str, steps: Sequence[tuple[str
     panel = _panel("stat", title, text, [(query, "__auto")])
     panel["fieldConfig"]["defaults"] |= {
         "color": {"mode": "thresholds"},
-        "mappings": [_NO_TRAFFIC],
+        "displayName": "now",
+        "mappings": _NO_NUMBERS,
         "thresholds": _thresholds(steps),
         "unit": unit,
     }
@@ -69,9 +47,16 @@ def stat(title: str, text: str, query: str, unit: str, steps: Sequence[tuple[str
         "justifyMode": "auto",
         "orientation": "auto",
         "reduceOptions": _LAST,
-        "textMode": "value",
+        # Below a name the number lies above its sparkline; without one, on it.
+        "textMode": "value_and_name",
     }
     return panel
+
+
+def without_sparkline(tile: Json) -> Json:
+    """The same as a number alone."""
+    tile["options"] |= {"graphMode": "none", "textMode": "value"}
+    return tile
 
 
 def lines(title: str, text: str, queries: Sequence[Query], unit: str, **custom: Any) -> Json:
@@ -80,11 +65,11 @@ def lines(title: str, text: str, queries: Sequence[Query], unit: str, **custom: 
     panel = _panel("timeseries", title, text, queries)
     panel["fieldConfig"]["defaults"] |= {
         "color": {"mode": "palette-classic"},
-        "custom": {"fillOpacity": 10, "lineWidth": 1, "showPoints": "never", **custom},
+        "custom": {"fillOpacity": 0 if len(queries) > 1 else 10, "lineWidth": 1, "showPoints": "never", **custom},
         "unit": unit,
         **({} if least is None else {"min": least}),
     }
-    panel["fieldConfig"]["overrides"] = _coloured(queries)
+    panel["fieldConfig"]["overrides"] = overrides(legend for _, legend in queries)
     panel["options"] = {
         "legend": {"calcs": [], "displayMode": "list", "placement": "bottom", "showLegend": True},
         "tooltip": _TOOLTIP,
@@ -131,7 +116,7 @@ def bars(title: str, text: str, queries: Sequence[Query], unit: str) -> Json:
     """Bars over the range shown."""
     panel = _panel("bargauge", title, text, queries, instant=True, range=False)
     panel["fieldConfig"]["defaults"] |= {"color": {"fixedColor": "blue", "mode": "fixed"}, "min": 0, "unit": unit}
-    panel["fieldConfig"]["overrides"] = _coloured(queries)
+    panel["fieldConfig"]["overrides"] = overrides(legend for _, legend in queries)
     panel["options"] = {
         "displayMode": "basic",
         "namePlacement": "auto",
@@ -139,6 +124,7 @@ def bars(title: str, text: str, queries: Sequence[Query], unit: str) -> Json:
         "reduceOptions": _LAST,
         "showUnfilled": False,
         "sizing": "auto",
+        "text": {"titleSize": 12, "valueSize": 16},
         "valueMode": "text",
     }
     return panel
@@ -208,7 +194,7 @@ def _table(title: str, text: str, queries: Sequence[str]) -> Json:
     panel = _panel("table", title, text, [(query, "__auto") for query in queries], **now)
     panel["fieldConfig"]["defaults"] |= {
         "custom": {"align": "auto", "cellOptions": {"type": "auto"}},
-        "mappings": [_NO_TRAFFIC],
+        "mappings": _NO_NUMBERS,
         "unit": "none",
     }
     panel["options"] = {"cellHeight": "sm", "footer": {"show": False}, "showHeader": True}
@@ -225,17 +211,3 @@ def _columns(shown: Mapping[str, str]) -> list[Json]:
 
 def _thresholds(steps: Sequence[tuple[str, float | None]]) -> Json:
     return {"mode": "absolute", "steps": [{"color": colour, "value": value} for colour, value in steps]}
-
-
-def _coloured(queries: Sequence[Query]) -> list[Json]:
-    names: list[str] = []
-    for _, legend in queries:
-        names += _VALUES.get(legend, (legend,))
-    return [_fixed(name) for name in dict.fromkeys(names) if name in COLOURS]
-
-
-def _fixed(name: str) -> Json:
-    return {
-        "matcher": {"id": "byName", "options": name},
-        "properties": [{"id": "color", "value": {"fixedColor": COLOURS[name], "mode": "fixed"}}],
-    }

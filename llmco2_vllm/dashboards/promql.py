@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from prometheus_client import Histogram
 
-from llmco2_vllm.telemetry.metrics import METRICS
+from llmco2_vllm.telemetry.metric_table import METRICS
 
 RATE = "$__rate_interval"
 RANGE = "$__range"
@@ -64,9 +64,14 @@ def ratio(part: str, whole: str) -> str:
     return f"{part} / ({whole} > 0)"
 
 
+def told(part: str, whole: str) -> str:
+    """As ratio, for a number that stands alone: NaN where both are there and the whole is nothing, to say why."""
+    return f"({ratio(part, whole)} or NaN * {part} / {whole})"
+
+
 def excess(estimate: str, truth: str) -> str:
-    """Relative error, of both signs."""
-    return f"{ratio(estimate, truth)} - 1"
+    """Relative error, of both signs; NaN as in ``told``."""
+    return f"{told(estimate, truth)} - 1"
 
 
 def plus(*terms: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llmco2_vllm.dashboards.panels import Json, heatmap, information, judged, lines, stat, states
-from llmco2_vllm.dashboards.promql import RATE, increase, rate, ratio, select, total
+from llmco2_vllm.dashboards.panels import Json, heatmap, information, judged, lines, stat, states, without_sparkline
+from llmco2_vllm.dashboards.promql import RATE, increase, rate, ratio, select, told, total
 from llmco2_vllm.dashboards.series import (
     AGE,
     BIAS,
@@ -29,9 +29,8 @@ def grid() -> Iterator[Placed]:
     intensity = [(total("avg", INTENSITY, by="basis"), basis)]
     yield lines("Grid intensity", "Carbon intensity in use, g CO2e per kWh.", intensity, G_PER_KWH), 8, 7
     oldest = [(total("max", AGE, by="basis"), basis)]
-    aged = lines(
-        "Age of the intensity", "Since the figure in use was valid; dashed where it counts as stale.", oldest, "s"
-    )
+    text = "Since the figure in use was valid; dashed where it counts as stale."
+    aged = lines("Age of the intensity", text, oldest, "s", axisSoftMax=STALE_SECONDS)
     yield judged(aged, fresh, doubt, stale), 8, 7
     emitted = [(hourly(CARBON), "location"), (hourly(MARKET), "market")]
     text = "Operational CO2e of requests per hour by the grid's average and by contracts."
@@ -58,13 +57,14 @@ def grid() -> Iterator[Placed]:
 
 def trust() -> Iterator[Placed]:
     """Whether the figures can be believed."""
-    yield from ((tile, 6, 4) for tile in _trust_tiles())
+    yield from ((without_sparkline(tile), 6, 4) for tile in _trust_tiles())
     errors = increase("llmco2_window_error_ratio_bucket", by="le", window=RATE)
     text = "Predicted over measured energy of windows of 5 s and more, less 1."
     yield heatmap("Error of windows", text, errors, "percentunit"), 12, 8
     bias = [(total("avg", BIAS, by="phase_mix"), "{{phase_mix}}")]
     text = "Predicted over measured energy of the recent past, less 1; dashed where it counts as drift."
-    drift = lines("Drift: bias of the prediction", text, bias, "percentunit", min=None)
+    about_zero = {"min": None, "fillOpacity": 0, "axisSoftMin": -DRIFT_RATIO, "axisSoftMax": DRIFT_RATIO}
+    drift = lines("Drift: bias of the prediction", text, bias, "percentunit", **about_zero)
     outside = (("red", None), ("transparent", -DRIFT_RATIO), ("red", DRIFT_RATIO))
     yield judged(drift, *outside), 12, 8
     yield from ((panel, 8, 7) for panel in _trust_over_time())
@@ -79,7 +79,7 @@ def trust() -> Iterator[Placed]:
     yield (
         information("Bundle and versions", "What prices and what measures.", select("llmco2_build_info"), labels),
         24,
-        5,
+        4,
     )
 
 
@@ -88,7 +88,7 @@ def _trust_tiles() -> Iterator[Json]:
     yield stat(
         "Coverage",
         "Part of the energy charged to requests that windows of the meter cover; the rest is predicted.",
-        ratio(rate(ENERGY), CHARGED),
+        told(rate(ENERGY), CHARGED),
         "percentunit",
         (("red", None), ("orange", 0.5), ("green", 0.9)),
     )
@@ -117,14 +117,14 @@ def _trust_tiles() -> Iterator[Json]:
 
 
 def _trust_over_time() -> Iterator[Json]:
-    engine = "{{instance}} · engine {{engine}}"
+    engine = "{{instance}}/{{engine}}"
     words = {"0": ("off", "red"), "1": ("on", "green")}
     yield states(
         "Meter and hook",
         "Whether every device is metered, and whether steps are priced.",
         [
-            (total("min", "llmco2_meter_up", by="instance, engine"), f"meter, {engine}"),
-            (total("min", "llmco2_hook_active", by="instance, engine"), f"hook, {engine}"),
+            (total("min", "llmco2_meter_up", by="instance, engine"), f"meter {engine}"),
+            (total("min", "llmco2_hook_active", by="instance, engine"), f"hook {engine}"),
         ],
         words,
     )
@@ -135,8 +135,8 @@ def _trust_over_time() -> Iterator[Json]:
         [
             (rate(windows, 'trusted="yes"'), "trusted"),
             (rate(windows, 'trusted="no"'), "not trusted"),
-            (rate("llmco2_meter_faults_total", by="kind"), "fault: {{kind}}"),
-            (rate("llmco2_hook_failures_total", by="where"), "failure: {{where}}"),
+            (f"{rate('llmco2_meter_faults_total', by='kind')} > 0", "fault: {{kind}}"),
+            (f"{rate('llmco2_hook_failures_total', by='where')} > 0", "failure: {{where}}"),
         ],
         "cps",
     )

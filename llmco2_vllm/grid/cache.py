@@ -1,12 +1,14 @@
 """Figures on disk, so that a restart does not begin without any and several front ends ask once.
 
-One JSON file for each provider and kind: rows of g CO2e/kWh, begin, end, fetched (epoch seconds), estimated, source.
-It is replaced as a whole, so a reader sees one state or the other; a file that cannot be read is as none at all.
+One JSON file for each provider, kind and address of its API: rows of g CO2e/kWh, begin, end, fetched (epoch
+seconds), estimated, source. It is replaced as a whole, so a reader sees one state or the other; a file that cannot be
+read is as none at all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -28,8 +30,10 @@ def cache_folder() -> Path:
 class Cache:
     """The file of one provider and kind."""
 
-    def __init__(self, folder: Path, name: str, kind: Kind) -> None:
-        words = (name, kind.zone or "", kind.method, kind.basis, kind.factors or "unstated")
+    def __init__(self, folder: Path, name: str, kind: Kind, address: str | None = None) -> None:
+        """address: of the API where it is not the provider's own: its figures are another's, in a file of its own."""
+        place = () if address is None else (hashlib.sha256(address.rstrip("/").encode()).hexdigest()[:8],)
+        words = (name, kind.zone or "", kind.method, kind.basis, kind.factors or "unstated", *place)
         self._path = folder / ("_".join(re.sub(r"[^A-Za-z0-9-]", "-", word) for word in words) + ".json")
         self._kind = kind
 

@@ -20,7 +20,7 @@ logger = logging.getLogger("vllm.llmco2")
 
 LONGEST_SLEEP_SECONDS = 60.0
 SHORTEST_SLEEP_SECONDS = 1.0
-# How a span is walked where a figure has no end ahead: in steps so long, and in at most so many.
+# How a span is walked where the first link has no figure with an end ahead: in steps so long, in at most so many.
 STRIDE_SECONDS, MOST_PARTS = 300.0, 500
 
 
@@ -48,16 +48,19 @@ class Chain:
     def between(self, begin_epoch_seconds: float, end_epoch_seconds: float) -> list[tuple[Intensity | None, float]]:
         """The figures of a span in order, each with its seconds; None for what no link knows. Memory only.
 
-        A figure that is held past its time, or missing, is looked for anew every few minutes of the span.
+        A figure that is held past its time, missing, or of a stand-in is looked for anew every few minutes of the
+        span: the first link may know again.
         """
         at, found = begin_epoch_seconds, []
         stride = max(STRIDE_SECONDS, (end_epoch_seconds - begin_epoch_seconds) / MOST_PARTS)
         while True:
-            figure = self.at(at)
+            number, figure = self._find(at)
             until = None if figure is None else figure.valid_to_epoch_seconds
-            lasting = figure is not None and until is None
-            stop = end_epoch_seconds if lasting else until if until is not None and until > at else at + stride
-            stop = min(stop, end_epoch_seconds)
+            stop = min(at + stride, end_epoch_seconds)
+            if figure is not None and number == 0 and (until is None or until > at):
+                stop = end_epoch_seconds if until is None else min(until, end_epoch_seconds)
+            elif until is not None and until > at:
+                stop = min(stop, until)
             found.append((figure, stop - at))
             if stop >= end_epoch_seconds:
                 return found
@@ -75,11 +78,12 @@ class Chain:
     async def refresh(self) -> float:
         """One round over the links that are due. Returns seconds until the next round is worth it."""
         self._look()  # at once: a new hour does not wait for a server that hangs
-        waits = await asyncio.gather(*(link.refresh(self._clock()) for link in self._links))
+        began = self._clock()
+        waits = await asyncio.gather(*(link.refresh(began) for link in self._links))
         self._look()
         self._tell()
         now = self._clock()
-        soon = [wait for wait in waits if wait is not None]
+        soon = [wait - (now - began) for wait in waits if wait is not None]
         if self.current is not None and self.current.valid_to_epoch_seconds is not None:
             left = self.current.valid_to_epoch_seconds - now
             soon += [left] if left > 0 else []

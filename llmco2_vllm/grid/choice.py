@@ -38,22 +38,22 @@ class GridChoice:
     """What is asked for; None where nothing is.
 
     provider: one of ``PROVIDERS``. zone: of the grid; WattTime's own region names for watttime.
-    region: ``aws:eu-west-3``, instead of zone. grams_per_kwh: of constant. file: of file.
+    region: ``aws:eu-west-3``, instead of zone. grams_per_kwh: of constant. intensity_file: of file.
     method, basis, factors: what the figures of constant and file are; factors also of electricity-maps.
     key_file: holds the key instead of ELECTRICITY_MAPS_API_KEY or WATTTIME_PASSWORD.
-    base_url: another address of the same API. cache: folder; None for the user's cache.
+    provider_url: another address of the same API. cache: folder; None for the user's cache.
     """
 
     provider: str = "static"
     zone: str | None = None
     region: str | None = None
     grams_per_kwh: float | None = None
-    file: Path | None = None
+    intensity_file: Path | None = None
     method: Method = "average"
     basis: Basis = "location"
     factors: Factors | None = None
     key_file: Path | None = None
-    base_url: str | None = None
+    provider_url: str | None = None
     cache: Path | None = None
     timeout_seconds: float = TIMEOUT_SECONDS
     patience: Patience | None = None
@@ -64,8 +64,8 @@ def open_chain(
 ) -> Chain:
     """The chain for a choice: the provider itself, the yearly average of its zone, the world's.
 
-    The last two are only there where they are of the same kind: never after marginal, market-based or, for the yearly
-    average, direct figures. Raises ValueError with one line that names the key and what is allowed.
+    The last two are only there where they are of the same kind: never after marginal, market-based or direct figures.
+    Raises ValueError with one line that names the key and what is allowed.
     """
     if choice.provider not in PROVIDERS:
         raise ValueError(f"provider={choice.provider!r} is not possible; allowed: {', '.join(PROVIDERS)}")
@@ -99,15 +99,17 @@ def _first(
             raise ValueError("intensity is missing; allowed: 0 to 3000 g CO2e/kWh")
         return ConstantProvider(choice.grams_per_kwh, kind)
     if choice.provider == "file":
-        if choice.file is None:
-            raise ValueError("file is missing; allowed: the path of a .csv, .csv.gz or .parquet")
-        return SeriesProvider(choice.file, kind)
+        if choice.intensity_file is None:
+            raise ValueError("intensity_file is missing; allowed: the path of a .csv, .csv.gz or .parquet")
+        return SeriesProvider(choice.intensity_file, kind)
     try:
-        server = Server(choice.base_url or BASE_URLS[choice.provider], clock, choice.timeout_seconds)
+        server = Server(choice.provider_url or BASE_URLS[choice.provider], clock, choice.timeout_seconds)
     except ValueError as error:
         raise ValueError(f"provider {choice.provider}: {error}") from None
     feed = _feed(choice, zone, environment, server)
-    return LiveProvider(feed, Cache(choice.cache or cache_folder(), feed.name, feed.kind), choice.patience)
+    own = (choice.provider_url or BASE_URLS[choice.provider]).rstrip("/") == BASE_URLS[choice.provider]
+    address = None if own else choice.provider_url
+    return LiveProvider(feed, Cache(choice.cache or cache_folder(), feed.name, feed.kind, address), choice.patience)
 
 
 def _feed(choice: GridChoice, zone: str | None, environment: Mapping[str, str], server: Server) -> Feed:
@@ -125,11 +127,15 @@ def _feed(choice: GridChoice, zone: str | None, environment: Mapping[str, str], 
 
 
 def _stand_ins(kind: Kind) -> list[Provider]:
-    """Yearly averages that may stand in for figures of ``kind``."""
-    if kind.method != "average" or kind.basis != "location":
+    """Yearly averages that may stand in for figures of ``kind``.
+
+    The zones' averages are lifecycle figures and the world's does not say: neither stands in for direct ones, which
+    count combustion alone.
+    """
+    if kind.method != "average" or kind.basis != "location" or kind.factors == "direct":
         return []
     found: list[Provider] = []
-    if kind.zone is not None and kind.factors != "direct":
+    if kind.zone is not None:
         with suppress(ValueError):  # a zone of Electricity Maps that the table does not have
             found.append(TableProvider(kind.zone))
     return [*found, *_world(found[-1].kind.zone if found else None)]

@@ -7,6 +7,7 @@ know the API may answer for the address of the caller.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from llmco2_vllm.core.intensity import Factors, Intensity, Kind, check_grams
@@ -23,8 +24,8 @@ class ElectricityMapsFeed:
     """Carbon intensity of one zone."""
 
     name = "electricity-maps"
-    # Published hourly, some minutes after the hour and later made final.
-    period_seconds = 900.0
+    # Published hourly, some minutes after the hour and later made final; some plans have shorter figures.
+    period_seconds = _PERIODS["hourly"]
 
     def __init__(self, server: Server, zone: str, key: Key, factors: Factors = "lifecycle") -> None:
         self.server = server
@@ -39,17 +40,18 @@ class ElectricityMapsFeed:
     async def fetch(self, now_epoch_seconds: float, since_epoch_seconds: float | None) -> Sequence[Intensity]:
         """``latest``, and ``history`` (24 hours) when more than an hour was missed. Raises FeedError."""
         headers = {"auth-token": _secret(self._key)}
-        latest = await self._ask("latest", headers)
-        found = [self._figure(latest, now_epoch_seconds)]
+        latest = self._figure(await self._ask("latest", headers), now_epoch_seconds)
+        past: list[Intensity | None] = []
         since = now_epoch_seconds - BACKFILL_SECONDS if since_epoch_seconds is None else since_epoch_seconds
         if now_epoch_seconds - since > 2 * _PERIODS["hourly"]:
             try:
                 rows = entry(await self._ask("history", headers), "history", list)
-                found += [self._figure(row, now_epoch_seconds) for row in rows]
+                past = self._past(rows, now_epoch_seconds)
             except FeedError:
                 # Not every plan has it. What is known of now does not depend on it.
                 pass
-        figures = [figure for figure in found if figure is not None]
+        # Of one hour the last word holds: that of latest.
+        figures = [figure for figure in (*past, latest) if figure is not None]
         if not figures:
             raise FeedError(f"carbonIntensity is null: not known yet for zone {self._kind.zone}")
         return figures
@@ -65,9 +67,19 @@ class ElectricityMapsFeed:
             raise FeedError(f"another zone was answered than {self._kind.zone!r}")
         return answer
 
+    def _past(self, rows: Sequence[Any], now_epoch_seconds: float) -> list[Intensity | None]:
+        """Hours of a history; a row that is not as asked for is left out, the others do not depend on it."""
+        found: list[Intensity | None] = []
+        for row in rows:
+            with suppress(FeedError):
+                found.append(self._figure(row, now_epoch_seconds))
+        return found
+
     def _figure(self, row: Any, now_epoch_seconds: float) -> Intensity | None:
-        """One hour; None while its value is null."""
+        """One hour; None while its value is null. Raises FeedError."""
         begin = epoch_seconds(entry(row, "datetime", str), "datetime")
+        if row.get("zone", self._kind.zone) != self._kind.zone:
+            raise FeedError(f"another zone was answered than {self._kind.zone!r}")
         if row.get("emissionFactorType", self._factors) != self._factors:
             raise FeedError(f"emissionFactorType is not {self._factors!r} as asked for")
         period = _PERIODS.get(str(row.get("temporalGranularity", "hourly")))

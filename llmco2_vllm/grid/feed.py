@@ -29,7 +29,7 @@ class Feed(Protocol):
 
     @property
     def period_seconds(self) -> float:
-        """How often news is published."""
+        """How often news is published: the length of a figure, or more."""
 
     async def fetch(self, now_epoch_seconds: float, since_epoch_seconds: float | None) -> Sequence[Intensity]:
-        """News: the figure of now, and those missed since the last known one began. Raises FeedError."""
+        """News: those missed since the last known one began, and the figure of now last. Raises FeedError."""

@@ -25,11 +25,17 @@ class History:
         """All, ascending."""
         return self._state[1]
 
-    def add(self, figures: Iterable[Intensity]) -> None:
-        """Take figures in. Those without a begin have no place in time and are left out."""
+    def add(self, figures: Iterable[Intensity], now_epoch_seconds: float = float("inf")) -> None:
+        """Take figures in. Those without a begin have no place in time and are left out.
+
+        Beyond the limit the oldest go, but never the figure of now, however many begin later.
+        """
         known = dict(zip(*self._state, strict=True))
         known |= {f.valid_from_epoch_seconds: f for f in figures if f.valid_from_epoch_seconds is not None}
-        begins = sorted(known)[-self._limit :] if self._limit else sorted(known)
+        begins = sorted(known)
+        if self._limit and len(begins) > self._limit:
+            first = max(0, min(len(begins) - self._limit, bisect_right(begins, now_epoch_seconds) - 1))
+            begins = begins[first : first + self._limit]
         self._state = tuple(begins), tuple(known[begin] for begin in begins)
 
     def before(self, epoch_seconds: float) -> Intensity | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,12 @@ logger = logging.getLogger("vllm.llmco2")
 KEPT_FIGURES = 3000
 # Half a Date header's second and the time an answer takes are no skew; a figure of the wrong hour is.
 SKEW_SECONDS = 120.0
+# A figure that says it holds for longer than so many periods is a slip, or a file that somebody has changed.
+MOST_PERIODS = 4
+# News is asked for so long after the last figure's end, and up to so much of a period later, each process at its own
+# moment; and where it is not published yet, again after so much of a period, doubled each time up to a whole one.
+LAG_SECONDS, LAG_RATIO = 2.0, 0.015
+LATE_RATIO, SHORTEST_LATE_SECONDS = 0.1, 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +57,11 @@ class LiveProvider:
     def __init__(self, feed: Feed, cache: Cache | None = None, patience: Patience | None = None) -> None:
         """Reads the cache: not for the serving path."""
         self._feed, self._cache, self._patience = feed, cache, patience or Patience()
-        self._history = History(cache.read() if cache else (), KEPT_FIGURES)
+        self._history = History(limit=KEPT_FIGURES)
+        now = feed.server.clock()
+        self._history.add(self._believed(cache.read() if cache else (), now), now)
         self._due_epoch_seconds, self._wait_seconds = float("-inf"), 0.0
-        self._failures = 0
+        self._failures, self._late = 0, 0
         self._failure: str | None = None
         self._cache_failure: str | None = None
         self._logged: set[str] = set()
@@ -96,29 +106,77 @@ class LiveProvider:
         # A clock that was set back must not silence us for longer than was meant.
         if 0 < left <= self._wait_seconds:
             return left
+        server = self._feed.server
+        server.retry_after_seconds = None
         try:
-            figures = await self._news(now_epoch_seconds)
-            self._history.add(figures)
+            self._wait_seconds = await self._learn(now_epoch_seconds)
             self._failures, self._failure = 0, None
-            self._wait_seconds = self._feed.period_seconds * _spread()
-            await self._keep()
         except FeedError as error:
             self._fail(error)
         except Exception as error:
             self._fail(FeedError(f"failed ({type(error).__name__})"))
+        # Also where a question that the feed could do without was answered so.
+        self._wait_seconds = max(self._wait_seconds, server.retry_after_seconds or 0.0)
         self._due_epoch_seconds = now_epoch_seconds + self._wait_seconds
         self._check_clock()
         return self._wait_seconds
 
-    async def _news(self, now_epoch_seconds: float) -> Sequence[Intensity]:
-        """What another front end has fetched just now, else what the feed says. Raises FeedError."""
-        if self._cache is not None:
-            kept = await asyncio.to_thread(self._cache.read)
-            recent = now_epoch_seconds - self._feed.period_seconds / 2
-            if any(recent < (figure.fetched_epoch_seconds or 0.0) <= now_epoch_seconds for figure in kept):
-                return kept
+    async def _learn(self, now_epoch_seconds: float) -> float:
+        """Take in what another front end has fetched, else what the feed says. Returns seconds until there is news.
+
+        Raises FeedError.
+        """
+        now = now_epoch_seconds
+        kept = self._believed(await asyncio.to_thread(self._cache.read), now) if self._cache else []
+        if self._is_fresh(kept, now):
+            self._history.add(kept, now)
+        else:
+            last = self._history.before(now)
+            said = await self._feed.fetch(now, None if last is None else last.valid_from_epoch_seconds)
+            figures = self._believed(said, now)
+            if not figures:
+                raise FeedError("its figures begin more than a period ahead or last too long")
+            self._history.add(figures, now)
+            await self._keep()
+        return self._until_news(now)
+
+    def _believed(self, figures: Iterable[Intensity], now_epoch_seconds: float) -> list[Intensity]:
+        """Figures whose times can be: begun or the next one, of some periods at most, and not fetched in the future."""
+        period = self._feed.period_seconds
+        found = []
+        for figure in figures:
+            begin, end = figure.valid_from_epoch_seconds, figure.valid_to_epoch_seconds
+            fetched = figure.fetched_epoch_seconds
+            if begin is None or end is None or fetched is None:
+                continue
+            soon = begin <= now_epoch_seconds + period
+            if soon and end - begin <= MOST_PERIODS * period and fetched <= now_epoch_seconds + SKEW_SECONDS:
+                found.append(figure)
+        return found
+
+    def _is_fresh(self, kept: Iterable[Intensity], now_epoch_seconds: float) -> bool:
+        """Whether another front end has asked since there was news to expect."""
+        last = History(kept).before(now_epoch_seconds)
+        if last is None:
+            return False
+        begin, end = last.valid_from_epoch_seconds or 0.0, last.valid_to_epoch_seconds or 0.0
+        recent = now_epoch_seconds - _late_seconds(end - begin) / 2
+        since = begin if last.covers(now_epoch_seconds) else max(end, recent)
+        return (last.fetched_epoch_seconds or 0.0) >= since
+
+    def _until_news(self, now_epoch_seconds: float) -> float:
+        """Seconds until the end of the figure of now and a little; a short patience where that is not known yet."""
         last = self._history.before(now_epoch_seconds)
-        return await self._feed.fetch(now_epoch_seconds, None if last is None else last.valid_from_epoch_seconds)
+        period, left = self._feed.period_seconds, 0.0
+        if last is not None and last.valid_to_epoch_seconds is not None:
+            period = last.valid_to_epoch_seconds - (last.valid_from_epoch_seconds or 0.0)
+            left = last.valid_to_epoch_seconds - now_epoch_seconds
+        if left > 0:
+            self._late = 0
+            return left + LAG_SECONDS + LAG_RATIO * period * process_share()
+        self._late += 1
+        late = _late_seconds(period)
+        return min(late * 2.0 ** min(self._late - 1, 30), max(period, late))
 
     async def _keep(self) -> None:
         if self._cache is None:
@@ -151,6 +209,12 @@ class LiveProvider:
             logger.warning("llmco2: carbon intensity, %s: " + text, self.name, *arguments)
 
 
-def _spread() -> float:
-    """Processes that start together ask a little apart, so that the first to ask spares the others: 1 to 1.1."""
-    return 1.0 + (os.getpid() % 16) / 160.0
+def _late_seconds(period_seconds: float) -> float:
+    """How long to wait for figures of that length that are not published in time."""
+    return max(LATE_RATIO * period_seconds, SHORTEST_LATE_SECONDS)
+
+
+def process_share() -> float:
+    """0 to 1: hosts anywhere and neighbouring processes far apart, so that the first to ask spares the others."""
+    golden = 0.6180339887498949
+    return (zlib.crc32(socket.gethostname().encode()) / 2.0**32 + os.getpid() * golden) % 1.0

@@ -80,11 +80,16 @@ class SeriesProvider:
         return CHECK_SECONDS
 
 
+def _named(path: Path) -> str:
+    """The file in an error message."""
+    return f"intensity_file={str(path)!r}"
+
+
 def read_series(path: Path, kind: Kind) -> list[Intensity]:
     """The rows of ``path`` as figures of ``kind``, ascending. Raises ValueError as SeriesProvider."""
     rows = list(_rows(path))
     if not rows:
-        raise ValueError(f"file={str(path)!r} has no rows")
+        raise ValueError(f"{_named(path)} has no rows")
     time_column, value_column = _columns(path, list(rows[0]), kind.zone)
     found: list[tuple[float, float | None, bool]] = []
     for number, row in enumerate(rows, 1):
@@ -93,13 +98,13 @@ def read_series(path: Path, kind: Kind) -> list[Intensity]:
             estimated = _TRUTH[str(row.get(ESTIMATED_COLUMN, False)).strip().lower()]
             found.append((_begin(row[time_column], time_column), value, estimated))
         except KeyError:
-            raise ValueError(f"file={str(path)!r}, row {number}: estimated is neither true nor false") from None
+            raise ValueError(f"{_named(path)}, row {number}: estimated is neither true nor false") from None
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"file={str(path)!r}, row {number}: {error}") from None
+            raise ValueError(f"{_named(path)}, row {number}: {error}") from None
         if number > 1 and found[-1][0] <= found[-2][0]:
-            raise ValueError(f"file={str(path)!r}, row {number}: {time_column} is not later than in the row before")
+            raise ValueError(f"{_named(path)}, row {number}: {time_column} is not later than in the row before")
     if all(value is None for _, value, _ in found):
-        raise ValueError(f"file={str(path)!r} has no value in column {value_column!r}")
+        raise ValueError(f"{_named(path)} has no value in column {value_column!r}")
     return _figures(found, kind, path.name)
 
 
@@ -126,20 +131,20 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
             yield from csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""))
     except OSError as error:
         reason = error.strerror or "damaged"
-        raise ValueError(f"file={str(path)!r} cannot be read ({reason}); allowed: .csv, .csv.gz, .parquet") from None
+        raise ValueError(f"{_named(path)} cannot be read ({reason}); allowed: .csv, .csv.gz, .parquet") from None
     except (UnicodeDecodeError, csv.Error, EOFError, zlib.error):
-        raise ValueError(f"file={str(path)!r} is not CSV; allowed: .csv, .csv.gz, .parquet") from None
+        raise ValueError(f"{_named(path)} is not CSV; allowed: .csv, .csv.gz, .parquet") from None
 
 
 def _parquet(path: Path) -> list[Mapping[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise ValueError(f"file={str(path)!r} needs pyarrow to be read; install it or give CSV") from None
+        raise ValueError(f"{_named(path)} needs pyarrow to be read; install it or give CSV") from None
     try:
         rows: list[Mapping[str, Any]] = parquet.read_table(path).to_pylist()
     except ArrowException:
-        raise ValueError(f"file={str(path)!r} is not Parquet; allowed: .csv, .csv.gz, .parquet") from None
+        raise ValueError(f"{_named(path)} is not Parquet; allowed: .csv, .csv.gz, .parquet") from None
     return rows
 
 
@@ -147,7 +152,7 @@ def _columns(path: Path, names: Sequence[str], zone: str | None) -> tuple[str, s
     """The columns of time and value. Raises ValueError that names what is there."""
     times = [name for name in TIME_COLUMNS if name in names]
     if not times:
-        raise ValueError(f"file={str(path)!r} has no column of time; allowed: {', '.join(TIME_COLUMNS)}")
+        raise ValueError(f"{_named(path)} has no column of time; allowed: {', '.join(TIME_COLUMNS)}")
     if zone is not None and zone in names:
         return times[0], zone
     if VALUE_COLUMN in names:
@@ -156,9 +161,7 @@ def _columns(path: Path, names: Sequence[str], zone: str | None) -> tuple[str, s
     close = difflib.get_close_matches(zone or "", columns)
     hint = f"; near: {', '.join(close)}" if close else ""
     listed = ", ".join(columns[:20]) or "none"
-    raise ValueError(
-        f"zone={zone!r} is no column of file={str(path)!r}; allowed: {VALUE_COLUMN} or one of {listed}{hint}"
-    )
+    raise ValueError(f"zone={zone!r} is no column of {_named(path)}; allowed: {VALUE_COLUMN} or one of {listed}{hint}")
 
 
 def _begin(value: Any, column: str) -> float:
@@ -184,6 +187,6 @@ def _stamp(path: Path) -> tuple[int, int, int]:
         found = path.stat()
     except OSError as error:
         raise ValueError(
-            f"file={str(path)!r} cannot be read ({error.strerror}); allowed: .csv, .csv.gz, .parquet"
+            f"{_named(path)} cannot be read ({error.strerror}); allowed: .csv, .csv.gz, .parquet"
         ) from None
     return found.st_mtime_ns, found.st_size, found.st_ino

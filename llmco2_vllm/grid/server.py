@@ -53,12 +53,15 @@ class Server:
             url = httpx.URL("")
         host = re.fullmatch(r"[A-Za-z0-9.:_-]+", url.host)
         if url.scheme not in ("http", "https") or host is None or url.userinfo or url.query:
-            raise ValueError("base_url is not possible; allowed: https://host, without user, password and query")
+            raise ValueError("provider_url is not possible; allowed: https://host, without user, password and query")
         if not 0 < timeout_seconds < math.inf:
             raise ValueError(f"timeout_seconds={timeout_seconds!r} is not possible; allowed: more than 0")
         self.host = url.host
+        self.clock = clock
         self.skew_seconds: float | None = None
-        self._base, self._clock, self._timeout = url, clock, timeout_seconds
+        # What the last answer asked for, also where the one who asked can do without it.
+        self.retry_after_seconds: float | None = None
+        self._base, self._timeout = url, timeout_seconds
         # Made now, at start: reading the certificates takes tens of milliseconds. A connection for each question, as
         # they are minutes apart: nothing is left open between them.
         try:
@@ -90,6 +93,7 @@ class Server:
         response = await self._client.send(request, stream=True, auth=auth)
         try:
             self._note_clock(response)
+            self.retry_after_seconds = None
             if response.status_code != httpx.codes.OK:
                 raise self._failure(response)
             body = bytearray()
@@ -107,11 +111,11 @@ class Server:
     def _note_clock(self, response: httpx.Response) -> None:
         """How far this host's clock is ahead of the server's, in seconds; a Date has whole seconds."""
         date = _http_date(response.headers.get("date"))
-        self.skew_seconds = None if date is None else self._clock() - date
+        self.skew_seconds = None if date is None else self.clock() - date
 
     def _failure(self, response: httpx.Response) -> FeedError:
         status = response.status_code
-        wait = retry_after_seconds(response.headers, self._clock())
+        wait = self.retry_after_seconds = retry_after_seconds(response.headers, self.clock())
         if status in (401, 403):
             return FeedError(f"{self.host} answered {status}: the key is not accepted for this", wait, refused=True)
         if status == 429:

@@ -130,6 +130,9 @@ _ROWS: Final = (
     _Row("prediction_bias_ratio", "ratio", lambda s: _bias(s), "compared_metered_joules"),
     _amount("prefill_tokens", "tokens"),
     _amount("decode_tokens", "tokens"),
+    _amount("recomputed_tokens", "tokens"),
+    _amount("rejected_draft_tokens", "tokens"),
+    _amount("useful_tokens", "tokens"),
     _amount("requests", "requests"),
     _Row(
         "energy_per_1000_tokens_joules",
@@ -223,8 +226,8 @@ def _bias(sums: _Sums) -> float | None:
 
 
 def _per_thousand(sums: _Sums, name: str, of: str) -> float | None:
-    ratio = sums.ratio(name, of)
-    return None if ratio is None else THOUSAND_TOKENS.size * ratio
+    ratio, served = sums.ratio(name, of), sums.value(of)
+    return None if ratio is None or served is None or served < 0 else THOUSAND_TOKENS.size * ratio
 
 
 def _sci(sums: _Sums, unit: FunctionalUnit) -> float | None:
@@ -233,6 +236,7 @@ def _sci(sums: _Sums, unit: FunctionalUnit) -> float | None:
     served = sums.value(f"served_{unit.of}")
     hours = sums.missing("served_location_grams")
     complete = sums.missing("served_embodied_grams") == sums.missing(f"served_{unit.of}") == hours
-    if location is None or embodied is None or not served or not complete:
+    # Below 0 where more of an earlier hour's tokens turned out to be wasted than this time computed.
+    if location is None or embodied is None or served is None or served <= 0 or not complete:
         return None
     return sci_grams(location, embodied, served / unit.size)

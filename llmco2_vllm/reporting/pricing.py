@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from statistics import fmean
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from llmco2_vllm.core.carbon import node_joules, operational_grams
-from llmco2_vllm.core.intensity import Kind, Method
+from llmco2_vllm.core.intensity import Kind, Method, mean_intensity
 from llmco2_vllm.core.units import SECONDS_PER_HOUR
 from llmco2_vllm.grid.chain import Chain
 from llmco2_vllm.grid.choice import GridChoice, open_chain
@@ -19,8 +19,17 @@ from llmco2_vllm.grid.stated import ConstantProvider
 from llmco2_vllm.grid.zones import check_zone
 from llmco2_vllm.reporting.hours import PARTS, Record, RecordedIntensity, Use
 
-# Files have rows of an hour, half or quarter of one.
-_MOMENTS_PER_HOUR: Final = 4
+_WORLD = (
+    "The world's average carbon intensity is used, as no zone is known: grids differ from it by a factor of ten and "
+    "more. Say where this ran: --zone, --region, --intensity or --intensity-file."
+)
+
+_WORLD_RECORDED = (
+    "For some or all of the time the servers had no intensity but the world's average: grids differ from it by a "
+    "factor of ten and more. Say where this ran: --zone, --region, --intensity or --intensity-file."
+)
+# As the shipped table calls it.
+_WORLD_SOURCE = "default:world-average"
 
 
 class HourIntensity(NamedTuple):
@@ -33,12 +42,16 @@ class HourIntensity(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """Carbon intensity hour by hour, all of one kind. at: None for an hour that nobody knows."""
+    """Carbon intensity hour by hour, all of one kind. at: None for an hour that nobody knows, or a part of it.
+
+    caution: what everybody should know who reads a figure by it.
+    """
 
     method: str
     basis: str
     words: str
     at: Callable[[int], HourIntensity | None]
+    caution: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,7 @@ class Pricing:
         return [use._replace(amounts={**use.amounts, **self._of(use)}) for use in uses]
 
     def _of(self, use: Use) -> dict[str, float]:
-        found: dict[str, float] = {}
+        found = _tokens(use, "useful_tokens")
         location = self.location.at(use.hour)
         market = self.market.at(use.hour) if self.market else None
         energy = use.amounts.get("energy_joules")
@@ -140,9 +153,14 @@ def _functional(use: Use, location_grams: float) -> dict[str, float]:
 
 
 def _tokens(use: Use, name: str) -> dict[str, float]:
-    """Tokens of both phases under ``name``; nothing when unknown."""
+    """Tokens of use under ``name``: of both phases, less what is known to be wasted; nothing when unknown.
+
+    A divisor that grew with what is computed again, or rejected, would call the waste an improvement. Wasted tokens are
+    told when their request ends: an hour may hold those of the one before.
+    """
     known = [use.amounts[phase] for phase in ("prefill_tokens", "decode_tokens") if phase in use.amounts]
-    return {name: sum(known)} if known else {}
+    wasted = [use.amounts.get(part, 0.0) for part in ("recomputed_tokens", "rejected_draft_tokens")]
+    return {name: sum(known) - sum(wasted)} if known else {}
 
 
 def open_pricing(choice: SiteChoice, record: Record) -> Pricing:
@@ -180,7 +198,8 @@ def _location(choice: SiteChoice) -> Grid:
         return Grid(choice.method, "location", f"{choice.grams_per_kwh:g} g CO2e/kWh{where}, as stated", _hourly(chain))
     chain = open_chain(GridChoice("static", zone))
     words = f"yearly averages of the shipped table{where or ', world'}"
-    return Grid("average", "location", words, _hourly(chain))
+    caution = "" if where else _WORLD
+    return Grid("average", "location", words, _hourly(chain), caution)
 
 
 def _market(value: str, choice: SiteChoice) -> Grid:
@@ -188,10 +207,13 @@ def _market(value: str, choice: SiteChoice) -> Grid:
     try:
         grams = float(value)
     except ValueError:
-        provider = SeriesProvider(Path(value), kind)
-        return Grid("average", "market", Path(value).name, _hourly(Chain([provider])))
-    chain = Chain([ConstantProvider(grams, kind)])
-    return Grid("average", "market", f"{grams:g} g CO2e/kWh, as stated", _hourly(chain))
+        grams = None
+    try:
+        provider = SeriesProvider(Path(value), kind) if grams is None else ConstantProvider(grams, kind)
+    except ValueError as error:
+        raise ValueError(f"market-intensity: {error}") from None
+    words = Path(value).name if grams is None else f"{grams:g} g CO2e/kWh, as stated"
+    return Grid("average", "market", words, _hourly(Chain([provider])))
 
 
 def _recorded(found: RecordedIntensity, basis: str) -> Grid:
@@ -200,24 +222,16 @@ def _recorded(found: RecordedIntensity, basis: str) -> Grid:
         return None if grams is None else HourIntensity(grams, hour in found.estimated, "recorded by the servers")
 
     origins = f" ({', '.join(found.origins)})" if found.origins else ""
-    return Grid(found.method, basis, f"as the servers recorded it, mean of each hour{origins}", at)
+    caution = _WORLD_RECORDED if any(_WORLD_SOURCE in origin for origin in found.origins) else ""
+    return Grid(found.method, basis, f"as the servers recorded it, mean of each hour{origins}", at, caution)
 
 
 def _hourly(chain: Chain) -> Callable[[int], HourIntensity | None]:
-    """The mean over an hour; None as soon as a part of it is not known."""
-    seen: dict[int, HourIntensity | None] = {}
+    """The mean over an hour by time; None as soon as a part of it is not known."""
 
-    def mean(hour: int) -> HourIntensity | None:
-        moments = [(hour + part / _MOMENTS_PER_HOUR) * SECONDS_PER_HOUR for part in range(_MOMENTS_PER_HOUR)]
-        found = [figure for moment in moments if (figure := chain.at(moment)) is not None]
-        if len(found) < len(moments):
-            return None
-        grams = fmean(figure.grams_per_kwh for figure in found)
-        return HourIntensity(grams, any(figure.estimated for figure in found), found[0].source)
-
+    @cache
     def at(hour: int) -> HourIntensity | None:
-        if hour not in seen:
-            seen[hour] = mean(hour)
-        return seen[hour]
+        found = mean_intensity(chain.between(hour * SECONDS_PER_HOUR, (hour + 1) * SECONDS_PER_HOUR))
+        return None if found is None else HourIntensity(found.grams_per_kwh, found.estimated, found.source)
 
     return at

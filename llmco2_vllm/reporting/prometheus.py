@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
@@ -22,12 +22,12 @@ from llmco2_vllm.reporting.hours import (
     HOURS_PER_DAY,
     Period,
     Record,
-    RecordedIntensity,
     Selection,
     Use,
     chosen_model,
     hour_of,
 )
+from llmco2_vllm.reporting.recorded import GAUGES, Series, intensities
 
 TIMEOUT_SECONDS: Final = 60.0
 DEFAULT_DAYS: Final = 7
@@ -68,27 +68,25 @@ COUNTERS: Final = (
     Counter("llmco2_rejected_draft_energy_joules_total", {"": "rejected_draft_joules"}),
     Counter("llmco2_predicted_energy_joules_total", {"": "predicted_joules"}),
     _by("phase", "llmco2_tokens_total", "{}_tokens", "prefill", "decode"),
+    Counter("llmco2_recomputed_tokens_total", {"": "recomputed_tokens"}),
+    Counter("llmco2_rejected_draft_tokens_total", {"": "rejected_draft_tokens"}),
     _by("state", "llmco2_embodied_carbon_grams_total", "embodied_{}_grams", "busy", "idle"),
     Counter("llmco2_request_energy_joules_count", {"": "measured_requests"}),
     Counter("llmco2_request_predicted_energy_joules_count", {"": "requests"}),
 )
 # Without its label a counter is there from its first event on: before, nothing happened.
-_FROM_FIRST_EVENT = ("requests", "measured_requests")
-_MIXED = "recorded {} intensities: the servers showed average and marginal ones, which are never mixed; none is taken"
-_INTENSITY = "avg by (basis) (avg_over_time(llmco2_grid_intensity_grams_per_kwh[1h]))"
-_ESTIMATED = "max by (basis) (max_over_time(llmco2_grid_intensity_estimated[1h]))"
-_KINDS = "max by (basis, method, source, zone) (max_over_time(llmco2_grid_info[1h]))"
+_FROM_FIRST_EVENT = ("requests", "measured_requests", "recomputed_tokens", "rejected_draft_tokens")
+_WASTED = {
+    "recomputed_tokens": "computed again after a preemption",
+    "rejected_draft_tokens": "of drafts that were rejected",
+}
+# Of the metrics themselves, which do not share them: by such a label some would be asked for and others never found.
+OWN_LABELS: Final = ("model_name", "engine", "phase", "state", "basis", "zone", "source", "method")
+_MATCHER = r'\s*([a-zA-Z_][a-zA-Z0-9_]*)\s*(?:=~|!~|!=|=)\s*"(?:[^"\\\n]|\\[abfnrtv\\"])*"\s*'
 
 
 class PrometheusError(ValueError):
     """Prometheus could not be asked, or its answer is none; the message is one line."""
-
-
-class Series(NamedTuple):
-    """One series of an answer: its labels, and its value at the end of each hour that has one."""
-
-    labels: Mapping[str, str]
-    values: Mapping[int, float]
 
 
 class Prometheus:
@@ -134,11 +132,11 @@ class Prometheus:
 
 
 class Question(NamedTuple):
-    """An expression over some hours; counter: what it is of, None for the recorded intensities."""
+    """An expression over some hours. of: the counter it asks for, or the name of a gauge of the grid."""
 
     expression: str
     period: Period
-    counter: Counter | None = None
+    of: Counter | str
 
 
 def asked_period(selection: Selection, now_epoch_seconds: float) -> Period:
@@ -154,11 +152,27 @@ def asked_period(selection: Selection, now_epoch_seconds: float) -> Period:
     return Period(hour_of(begin), last)
 
 
-def questions(period: Period) -> list[Question]:
-    """All that is asked, a month at a time."""
+def check_match(text: str) -> str:
+    """Label matchers as a selector holds them, checked: ``instance="a",job=~"x.*"``. Raises ValueError, one line."""
+    if not re.fullmatch(f"{_MATCHER}(?:,{_MATCHER})*", text):
+        raise ValueError(
+            f"match={text[:80]!r} is not possible; allowed: label matchers with commas between them, such as "
+            'instance="a",job=~"x.*"'
+        )
+    for label in re.findall(f"{_MATCHER}(?:,|$)", text):
+        if label in (*OWN_LABELS, "__name__"):
+            hint = "; --model chooses a model" if label == "model_name" else ""
+            raise ValueError(f"match={label!r} is not possible; allowed: labels of the scrape, instance or job{hint}")
+    return text.strip()
+
+
+def questions(period: Period, match: str = "") -> list[Question]:
+    """All that is asked, a month at a time. match: label matchers for every query, as ``check_match`` takes them."""
     parts = [Period(h, min(h + HOURS_AT_ONCE, period.end)) for h in range(period.begin, period.end, HOURS_AT_ONCE)]
-    counters = [Question(_increase(counter), part, counter) for part in parts for counter in COUNTERS]
-    return [*counters, *(Question(text, part) for part in parts for text in (_INTENSITY, _ESTIMATED, _KINDS))]
+    selector = f"{{{match}}}[1h]" if match else "[1h]"
+    texts: list[tuple[str, Counter | str]] = [(_increase(counter, selector), counter) for counter in COUNTERS]
+    texts += [(f"{one.servers} ({one.hour}({one.metric}{selector}))", name) for name, one in GAUGES.items()]
+    return [Question(text, part, of) for part in parts for text, of in texts]
 
 
 def read(server: Prometheus, selection: Selection, period: Period, asked: Iterable[Question]) -> Record:
@@ -167,13 +181,13 @@ def read(server: Prometheus, selection: Selection, period: Period, asked: Iterab
     Raises PrometheusError, and ValueError when no llmco2 metric is there, or none of that model.
     """
     amounts: defaultdict[tuple[int, str], dict[str, float]] = defaultdict(dict)
-    grid: dict[str, list[Series]] = {_INTENSITY: [], _ESTIMATED: [], _KINDS: []}
+    grid: dict[str, list[Series]] = {name: [] for name in GAUGES}
     for question in asked:
         found = server.query(question.expression, question.period)
-        if question.counter is None:
-            grid[question.expression] += found
+        if isinstance(question.of, str):
+            grid[question.of] += found
         else:
-            _collect(question.counter, found, amounts)
+            _collect(question.of, found, amounts)
     if not amounts:
         raise ValueError(f"prometheus {server.host}: no llmco2 metrics from {period}")
     model = chosen_model(selection.model, (name for _, name in amounts))
@@ -183,15 +197,23 @@ def read(server: Prometheus, selection: Selection, period: Period, asked: Iterab
         for (hour, name), found in sorted(amounts.items())
         if model is None or name == model
     ]
-    intensities = _intensities(grid)
-    unknown = [*_UNKNOWN, *(_MIXED.format(basis) for basis, found in intensities.items() if found is None)]
-    known = {basis: found for basis, found in intensities.items() if found is not None}
+    known, untaken = intensities(grid)
+    unknown = [*_UNKNOWN, *untaken, *_uncounted(counted)]
     return Record(f"Prometheus, {server.host}", period, uses, _NOTES, unknown, None, known)
 
 
-def _increase(counter: Counter) -> str:
+def _uncounted(counted: set[str]) -> list[str]:
+    """Tokens in the divisor that were of no use, as nothing counts them."""
+    return [
+        f"tokens {words}: not counted here, so those there were are still in what SCI is divided by"
+        for name, words in _WASTED.items()
+        if name not in counted
+    ]
+
+
+def _increase(counter: Counter, selector: str) -> str:
     labels = ", ".join(("model_name", counter.label) if counter.label else ("model_name",))
-    return f"sum by ({labels}) (increase({counter.metric}[1h]))"
+    return f"sum by ({labels}) (increase({counter.metric}{selector}))"
 
 
 def _collect(counter: Counter, found: Iterable[Series], amounts: Mapping[tuple[int, str], dict[str, float]]) -> None:
@@ -219,33 +241,3 @@ def _series(entry: Any) -> Series:
     values = {round(float(at) / SECONDS_PER_HOUR) - 1: float(text) for at, text in entry["values"]}
     labels = {str(key): str(value) for key, value in entry["metric"].items()}
     return Series(labels, {hour: value for hour, value in values.items() if math.isfinite(value)})
-
-
-def _intensities(grid: Mapping[str, list[Series]]) -> dict[str, RecordedIntensity | None]:
-    """What the servers showed, by basis; None where it is of two methods, as they are never mixed."""
-    grams: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    estimated: defaultdict[str, set[int]] = defaultdict(set)
-    kinds: defaultdict[str, list[Mapping[str, str]]] = defaultdict(list)
-    for basis, series in _by_basis(grid[_INTENSITY]):
-        grams[basis] |= series.values
-    for basis, series in _by_basis(grid[_ESTIMATED]):
-        estimated[basis] |= {hour for hour, value in series.values.items() if value}
-    for basis, series in _by_basis(grid[_KINDS]):
-        kinds[basis] += [series.labels] if any(series.values.values()) else []
-    return {basis: _recorded(values, estimated[basis], kinds[basis]) for basis, values in grams.items()}
-
-
-def _recorded(
-    grams: Mapping[int, float], estimated: set[int], kinds: Sequence[Mapping[str, str]]
-) -> RecordedIntensity | None:
-    methods, origins = {kind.get("method", "average") for kind in kinds}, set()
-    for kind in kinds:
-        zone = f" in {kind['zone']}" if kind.get("zone") else ""
-        origins.add(f"{kind.get('source', 'unknown source')}{zone}")
-    if len(methods) > 1:
-        return None
-    return RecordedIntensity(grams, frozenset(estimated), next(iter(methods), "average"), sorted(origins))
-
-
-def _by_basis(found: Iterable[Series]) -> Iterator[tuple[str, Series]]:
-    return ((series.labels.get("basis") or "location", series) for series in found)

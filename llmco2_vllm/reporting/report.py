@@ -25,8 +25,11 @@ _LABELS: Final = {
     "location_intensity_grams_per_kwh": "intensity, mean over the energy",
     "prefill_tokens": "prefill tokens computed",
     "decode_tokens": "decode tokens computed",
-    "energy_per_1000_tokens_joules": "energy per 1000 tokens",
-    "operational_per_1000_tokens_grams": "operational per 1000 tokens (not SCI)",
+    "recomputed_tokens": "of them: computed again after preemption",
+    "rejected_draft_tokens": "of them: rejected drafts",
+    "useful_tokens": "tokens of use",
+    "energy_per_1000_tokens_joules": "energy per 1000 tokens of use",
+    "operational_per_1000_tokens_grams": "operational per 1000 tokens of use (not SCI)",
     "predicted_joules": "energy, predicted for all steps",
     "predicted_operational_grams": "operational, location-based, of the predicted energy",
     "prediction_bias_ratio": "predicted over metered, less 1, where both are known",
@@ -64,6 +67,9 @@ _TOTALS = (
     "requests",
     "prefill_tokens",
     "decode_tokens",
+    "recomputed_tokens",
+    "rejected_draft_tokens",
+    "useful_tokens",
     "energy_per_1000_tokens_joules",
     "operational_per_1000_tokens_grams",
 )
@@ -86,12 +92,23 @@ _COLUMNS: Final = {
     "hours_without_intensity": "hours without intensity",
 }
 _OF_REQUESTS = ("aborted_joules", "recomputed_joules", "rejected_draft_joules", "doubtful_joules", "estimated_joules")
+_SCI = (
+    "with the idle energy and the idle embodied carbon of the time reported; the sci of a single response has neither, "
+    "so those add up to less"
+)
+_TOKENS = (
+    "computed in prefill and decode, less those computed again after a preemption and rejected drafts as far as they "
+    "are counted; prompt tokens from the prefix cache are not computed and not among them"
+)
 _PREDICTED = ("predicted_joules", "predicted_operational_grams", "prediction_bias_ratio")
 
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report shows. hourly: energy of all models and intensity by hour, None where unknown."""
+    """All that a report shows. hourly: energy of all models and intensity by hour, None where unknown.
+
+    cautions: what stands above all figures.
+    """
 
     source: str
     period: Period
@@ -103,6 +120,7 @@ class Report:
     methods: Sequence[tuple[str, str]]
     notes: Sequence[str]
     unknown: Sequence[str]
+    cautions: Sequence[str] = ()
 
     def find(self) -> dict[tuple[str, str, str], Figure]:
         """The figures by day, model and name."""
@@ -134,6 +152,7 @@ def make_report(record: Record, pricing: Pricing, units: Sequence[FunctionalUnit
         _methods(pricing),
         [*pricing.notes, *record.notes],
         [*_gaps(total), *record.unknown],
+        [pricing.location.caution] if pricing.location.caution else [],
     )
 
 
@@ -161,7 +180,8 @@ def tables(report: Report) -> list[Table]:
         ),
         Table(
             "Software Carbon Intensity",
-            "SCI by ISO/IEC 21031, ((E x I) + M) / R: location-based, idle energy included; the market never enters.",
+            "SCI by ISO/IEC 21031, ((E x I) + M) / R: location-based, idle energy and idle embodied carbon included; "
+            "R counts tokens of use; the market never enters.",
             head,
             [_row(f"per {figure.unit.partition('/')[2]}", figure) for figure in units],
         ),
@@ -289,6 +309,8 @@ def _methods(pricing: Pricing) -> list[tuple[str, str]]:
             "Intensity, market-based",
             "not given" if market is None else f"{market.words}; beside the other, never in SCI",
         ),
+        ("SCI", _SCI),
+        ("Tokens of use", _TOKENS),
         ("PUE", pue),
         ("Host (CPUs, memory)", node),
         ("Fans, network, losses", auxiliary),
@@ -302,7 +324,10 @@ def _gaps(total: dict[str, Figure]) -> list[str]:
     for name, words in (
         ("hours_without_data", "hours of the period have no data: nothing is said of them, and they are not 0"),
         ("hours_without_measurement", "hours have predictions but no measurement: not in the metered figures"),
-        ("hours_without_intensity", "hours have no known intensity: their energy is counted, their grams are not"),
+        (
+            "hours_without_intensity",
+            "hours have no known intensity, or not for all of the hour: their energy counts, their grams do not",
+        ),
         ("hours_with_estimated_intensity", "hours have an intensity that is an estimate or the average of a year"),
     ):
         if value[name]:

@@ -27,6 +27,8 @@ _SHARE, _DURATION, _PREDICTED, _PREFILL, _DECODE = (
 )
 _UNKNOWN = (
     "requests: samples are of windows, not of requests; aborted, recomputed and rejected energy is not in them",
+    "tokens computed again after a preemption and rejected drafts: samples do not tell them apart, so those there were "
+    "are still in what SCI and figures per 1000 tokens are divided by",
     "prefill and decode of steps that hold both: samples do not hold the model to split them by, they are a line apart",
 )
 _NOTES = (

@@ -13,6 +13,7 @@ COLUMNS = ("day", "model", "figure", "unit", "value", "missing_hours")
 def markdown(report: Report) -> str:
     """Tables and lists, in the Markdown of GitHub."""
     parts = ["# Carbon report", f"{report.period}. Source: {_text(report.source)}."]
+    parts += [f"**{_text(line)}**" for line in report.cautions]
     parts += [_table(table) for table in tables(report)]
     parts.append("## Method\n\n" + "\n".join(f"- **{name}**: {_text(words)}" for name, words in report.methods))
     for title, lines in (("Notes", report.notes), ("Not known", report.unknown)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from llmco2_vllm.core.carbon import node_joules, operational_grams
 from llmco2_vllm.core.embodied import Hardware
 from llmco2_vllm.core.intensity import Intensity, mean_intensity
+
+# Long enough to even out the ticks of two meters, short enough to tell work from idleness.
+HOST_MEMORY_SECONDS = 30.0
 
 
 class Grid(Protocol):
@@ -60,7 +64,7 @@ class Accounting(NamedTuple):
 
     intensity: location-based; None when no source knows one. market: what contracts say of the same electricity.
     hardware: what the engine's hardware emitted when it was made, per second; None when not known.
-    utilisation_ratio: busy part of the engine's time, for idle time that busy time carries; None when not known.
+    utilisation_ratio: planned busy part of the hardware's life, for idle time that busy time carries; None: not set.
     """
 
     intensity: Intensity | None
@@ -97,7 +101,7 @@ class Accounting(NamedTuple):
 class Accountant:
     """Answers with the accounting of any span; one per front end.
 
-    ``node`` and ``utilisation_ratio`` change as meters learn.
+    ``node`` changes as meters learn.
     """
 
     grid: Grid
@@ -120,21 +124,26 @@ class Accountant:
 
 
 class HostShare:
-    """Energy of the host per joule of the devices, over the time in which both meters ran."""
+    """Energy of the host per joule of the devices, of the recent past in which both meters ran.
+
+    Of the recent past, since a host beside idle devices takes several times their energy, and beside busy ones a part
+    of it: what it took while nobody asked for anything is not for those who ask later.
+    """
 
     def __init__(self) -> None:
         self._host = self._devices = 0.0
-        self._last: tuple[float, float, float] | None = None
+        self._last: tuple[float, float, float, float] | None = None
 
     @property
     def ratio(self) -> float | None:
         """None until both were seen to move."""
         return self._host / self._devices if self._devices > 0.0 else None
 
-    def see(self, host_joules: float, device_joules: float, unmetered_seconds: float) -> None:
+    def see(self, host_joules: float, device_joules: float, unmetered_seconds: float, now_seconds: float) -> None:
         """Take cumulative figures; a span in which the devices' meter was blind, or began anew, does not count."""
-        last, self._last = self._last, (host_joules, device_joules, unmetered_seconds)
+        last, self._last = self._last, (host_joules, device_joules, unmetered_seconds, now_seconds)
         if last is None or unmetered_seconds != last[2] or device_joules <= last[1] or host_joules < last[0]:
             return
-        self._host += host_joules - last[0]
-        self._devices += device_joules - last[1]
+        keep = math.exp(-max(0.0, now_seconds - last[3]) / HOST_MEMORY_SECONDS)
+        self._host = keep * self._host + host_joules - last[0]
+        self._devices = keep * self._devices + device_joules - last[1]

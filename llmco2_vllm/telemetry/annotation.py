@@ -87,11 +87,13 @@ class CarbonGrams(_Part):
 class Sci(_Part):
     """Software Carbon Intensity (ISO/IEC 21031): (operational + embodied) per functional unit, of the inference server.
 
-    Location-based; absent where embodied is not known.
+    Location-based; absent where embodied is not known. Idle time is not in it.
     """
 
     per_request: Number = Field(description="g CO2e per API call")
-    per_1000_tokens: Number | SkipJsonSchema[None] = _optional("g CO2e per 1000 computed tokens")
+    per_1000_tokens: Number | SkipJsonSchema[None] = _optional(
+        "g CO2e per 1000 tokens computed to some use: not again, not drafts in vain"
+    )
 
 
 class Intensity(_Part):
@@ -115,6 +117,7 @@ class Embodied(_Part):
     lifetime_years: Number = Field(description="Of the devices, years")
     host_lifetime_years: Number | SkipJsonSchema[None] = _optional("Of the host, years; absent: no host counted")
     idle: Literal["line", "busy"] = Field(description="Idle time is a line of its own, or busy time carries it")
+    utilisation_ratio: Number | SkipJsonSchema[None] = _optional("Planned busy part of the hardware's life, for busy")
     omitted: list[str] = Field(description="Parts no figure is known of; they are not 0")
 
 
@@ -272,7 +275,7 @@ def _carbon_grams(ledger: Ledger, metered: Figure | None, accounting: Accounting
 def _sci(grams: Mapping[str, float], ledger: Ledger) -> dict[str, float | None] | None:
     if "total" not in grams:
         return None
-    tokens = ledger.prefill_tokens + ledger.decode_tokens
+    tokens = max(0, ledger.useful_tokens)
     parts = grams["operational"], grams["embodied"]
     return {"per_request": sci_grams(*parts), "per_1000_tokens": sci_grams(*parts, tokens / 1000) if tokens else None}
 
@@ -287,6 +290,7 @@ def _embodied(ledger: Ledger, accounting: Accounting) -> dict[str, Any] | None:
         "lifetime_years": hardware.lifetimes.devices_years,
         "host_lifetime_years": None if "host" in hardware.omitted else hardware.lifetimes.host_years,
         "idle": hardware.idle,
+        "utilisation_ratio": accounting.utilisation_ratio if hardware.idle == "busy" else None,
         "omitted": list(hardware.omitted),
     }
 

@@ -67,6 +67,11 @@ class Ledger(NamedTuple):
         """Predicted energy of both phases."""
         return self.prefill_joules + self.decode_joules
 
+    @property
+    def useful_tokens(self) -> int:
+        """Computed tokens less those computed again and rejected drafts: waste makes no figure per token better."""
+        return self.prefill_tokens + self.decode_tokens - self.recomputed_tokens - self.rejected_draft_tokens
+
 
 class Origin(NamedTuple):
     """Where a record comes from: index of the engine among data-parallel ranks, and its provenance."""

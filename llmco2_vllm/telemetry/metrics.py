@@ -1,15 +1,16 @@
-"""The one metric table, and the recorder that feeds it.
+"""The recorder that feeds the metrics of the table.
 
 Plain counters, gauges and histograms with prometheus_client, because collectors, Info and Enum
-do not exist in its multiprocess mode. Predicted joules and measured ones are families apart.
-Names carry no colon and labels never a request id.
+do not exist in its multiprocess mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
@@ -19,155 +20,7 @@ from prometheus_client.samples import Sample
 from llmco2_vllm.core.embodied import split_idle
 from llmco2_vllm.core.metering import Doubt
 from llmco2_vllm.telemetry.accounting import Accounting
-
-# Relative error of a window's prediction, both signs.
-ERROR_BUCKETS = (-0.5, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
-# 0.1 J to 100 kJ in steps of 1-2-5.
-JOULE_BUCKETS = (*(m * 10.0**e for e in range(-1, 5) for m in (1, 2, 5)), 1e5)
-# The others in steps of 1-3, to keep the number of series in bounds.
-_BUCKETS = {
-    "llmco2_window_error_ratio": ERROR_BUCKETS,
-    "llmco2_request_carbon_grams": tuple(m * 10.0**e for e in range(-5, 1) for m in (1, 3)),
-    "llmco2_request_energy_joules_per_1000_tokens": tuple(m * 10.0**e for e in range(5) for m in (1, 3)),
-    "llmco2_request_carbon_grams_per_1000_tokens": tuple(m * 10.0**e for e in range(-4, 1) for m in (1, 3)),
-}
-
-
-class Metric(NamedTuple):
-    """A row of the table."""
-
-    kind: type[MetricWrapperBase]
-    help: str
-    labels: tuple[str, ...]
-
-
-_ENGINE = ("model_name", "engine")
-_PHASE = (*_ENGINE, "phase")
-_MIX = (*_ENGINE, "phase_mix")
-
-METRICS: dict[str, Metric] = {
-    "llmco2_predicted_energy_joules_total": Metric(
-        Counter, "Predicted device energy of all scheduled steps, aborted requests included.", _PHASE
-    ),
-    "llmco2_predicted_carbon_grams_total": Metric(
-        Counter, "Operational CO2e of the predicted energy, with PUE and node overhead as configured.", _PHASE
-    ),
-    "llmco2_energy_joules_total": Metric(
-        Counter, "Measured device energy of requests by phase, aborted ones included; nothing without a meter.", _PHASE
-    ),
-    "llmco2_carbon_grams_total": Metric(
-        Counter,
-        "Operational CO2e of the measured energy of requests, PUE and node overhead as configured.",
-        _PHASE,
-    ),
-    "llmco2_market_carbon_grams_total": Metric(
-        Counter, "The same energy by the market-based intensity of the settings; beside the other, never added.", _PHASE
-    ),
-    "llmco2_unpriced_energy_joules_total": Metric(
-        Counter, "Measured energy of requests while no carbon intensity was known; in no grams.", _ENGINE
-    ),
-    "llmco2_idle_carbon_grams_total": Metric(
-        Counter, "Operational CO2e of the measured idle energy, by state of the engine.", (*_ENGINE, "state")
-    ),
-    "llmco2_embodied_carbon_grams_total": Metric(
-        Counter, "Embodied CO2e of the hardware held, by busy and idle time.", (*_ENGINE, "state")
-    ),
-    "llmco2_metered_energy_joules_total": Metric(
-        Counter, "Energy of the engine's devices as counted: requests + idle + sleeping + unattributed.", _ENGINE
-    ),
-    "llmco2_idle_energy_joules_total": Metric(
-        Counter, "Measured energy of the time without steps, by state of the engine.", (*_ENGINE, "state")
-    ),
-    "llmco2_unattributed_energy_joules": Metric(
-        Gauge, "Measured energy since start that neither steps nor idleness explain, of either sign.", _ENGINE
-    ),
-    "llmco2_conservation_residual_joules": Metric(
-        Gauge, "Metered energy less requests, idle, sleeping and unattributed: rounding, or a fault of ours.", _ENGINE
-    ),
-    "llmco2_estimated_energy_joules_total": Metric(
-        Counter, "Energy of steps no window covered, predicted at the recent ratio of measured to predicted.", _ENGINE
-    ),
-    "llmco2_aborted_energy_joules_total": Metric(
-        Counter, "Part of the measured energy that went to requests whose client left or that failed.", _ENGINE
-    ),
-    "llmco2_recomputed_energy_joules_total": Metric(
-        Counter, "Part of the measured energy that computed tokens again after a preemption.", _ENGINE
-    ),
-    "llmco2_rejected_draft_energy_joules_total": Metric(
-        Counter, "Part of the measured energy that computed draft tokens which were not accepted.", _ENGINE
-    ),
-    "llmco2_window_error_ratio": Metric(
-        Histogram, "Predicted over measured energy of windows of 5 s and more, less 1.", _ENGINE
-    ),
-    "llmco2_prediction_bias_ratio": Metric(
-        Gauge, "Predicted over measured energy of the recent past, less 1, by what the work was.", _MIX
-    ),
-    "llmco2_meter_windows_total": Metric(
-        Counter, "Windows between edges of the energy counters, by trust.", (*_ENGINE, "trusted")
-    ),
-    "llmco2_meter_faults_total": Metric(Counter, "Faults of the meter, by kind.", (*_ENGINE, "kind")),
-    "llmco2_meter_up": Metric(
-        Gauge, "1 while every device of the engine is metered by its counter or its power, else 0.", _ENGINE
-    ),
-    "llmco2_power_watts": Metric(Gauge, "Power of the engine's devices now, as metered.", _ENGINE),
-    "llmco2_idle_power_watts": Metric(
-        Gauge, "Learned idle power of the engine's devices, by state of the engine.", (*_ENGINE, "state")
-    ),
-    "llmco2_tokens_total": Metric(Counter, "Tokens computed; cached prompt tokens are not computed.", _PHASE),
-    "llmco2_predicted_aborted_energy_joules_total": Metric(
-        Counter, "Part of the predicted energy that went to requests whose client left or that failed.", _ENGINE
-    ),
-    "llmco2_cached_tokens_total": Metric(
-        Counter, "Prompt tokens of ended requests taken from the prefix cache.", _ENGINE
-    ),
-    "llmco2_recomputed_tokens_total": Metric(Counter, "Tokens of ended requests replayed after a preemption.", _ENGINE),
-    "llmco2_rejected_draft_tokens_total": Metric(
-        Counter, "Draft tokens of ended requests that were computed and rejected.", _ENGINE
-    ),
-    "llmco2_steps_total": Metric(Counter, "Scheduler steps that computed tokens.", _ENGINE),
-    "llmco2_step_duration_seconds_total": Metric(
-        Counter, "Measured duration of the steps, tiled over busy time.", _ENGINE
-    ),
-    "llmco2_predicted_step_duration_seconds_total": Metric(Counter, "Predicted duration of the same steps.", _ENGINE),
-    "llmco2_hook_duration_seconds_total": Metric(
-        Counter, "Time the hook spent pricing steps and writing ledgers.", _ENGINE
-    ),
-    "llmco2_hook_failures_total": Metric(
-        Counter, "Exceptions of ours that were caught; the hook that failed is off.", ("model_name", "engine", "where")
-    ),
-    "llmco2_request_predicted_energy_joules": Metric(
-        Histogram, "Predicted energy per finished engine request.", _ENGINE
-    ),
-    "llmco2_request_energy_joules": Metric(
-        Histogram, "Measured energy per finished engine request; only those that windows cover wholly.", _ENGINE
-    ),
-    "llmco2_request_carbon_grams": Metric(Histogram, "Operational CO2e of the same requests.", _ENGINE),
-    "llmco2_request_energy_joules_per_1000_tokens": Metric(
-        Histogram, "Measured energy per 1000 computed tokens of the same requests.", _ENGINE
-    ),
-    "llmco2_request_carbon_grams_per_1000_tokens": Metric(
-        Histogram, "Operational CO2e per 1000 computed tokens of the same requests.", _ENGINE
-    ),
-    "llmco2_hook_active": Metric(Gauge, "1 while the hook of the engine is on, else 0.", _ENGINE),
-    "llmco2_grid_intensity_grams_per_kwh": Metric(
-        Gauge, "Carbon intensity in use, g CO2e per kWh, location-based or market-based.", ("basis",)
-    ),
-    "llmco2_grid_intensity_age_seconds": Metric(
-        Gauge, "Since the intensity was last known to hold; absent for one that is stated without a time.", ("basis",)
-    ),
-    "llmco2_grid_intensity_estimated": Metric(
-        Gauge, "1 while the intensity is modelled, a forecast or a stand-in, else 0.", ("basis",)
-    ),
-    "llmco2_grid_intensity_known": Metric(Gauge, "1 while a carbon intensity is known, else 0.", ("basis",)),
-    "llmco2_grid_info": Metric(
-        Gauge, "1 for the source of the intensity in use, 0 for one that was.", ("zone", "source", "method", "basis")
-    ),
-    "llmco2_build_info": Metric(
-        Gauge,
-        "Always 1; says what prices and what measures.",
-        ("model_name", "version", "vllm_version", "predictor", "meter"),
-    ),
-}
+from llmco2_vllm.telemetry.metric_table import BUCKETS, JOULE_BUCKETS, METRICS
 
 # Counters that follow a field of the engine's cumulative snapshot.
 _SNAPSHOT_COUNTERS = {
@@ -193,6 +46,11 @@ _METERED_GAUGES = {
     "llmco2_conservation_residual_joules": "residual_joules",
 }
 FAULTS = tuple(doubt.value for doubt in Doubt if doubt is not Doubt.NONE)
+_UNPRICED = {
+    "llmco2_predicted_carbon_grams_total": "predicted",
+    "llmco2_carbon_grams_total": "requests",
+    "llmco2_idle_carbon_grams_total": "idle",
+}
 _STATES = {"awake": "idle_joules", "sleeping": "sleeping_joules"}
 _PHASES = ("prefill", "decode")
 
@@ -232,8 +90,14 @@ _made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary(
 class Recorder:
     """Feeds the Prometheus objects of one front-end process; they are created once, on first use."""
 
-    def __init__(self, identity: Identity, registry: CollectorRegistry = REGISTRY) -> None:
-        self.identity = identity
+    def __init__(
+        self,
+        identity: Identity,
+        registry: CollectorRegistry = REGISTRY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.identity, self._clock = identity, clock
+        self._up_seconds: dict[str, tuple[float, float]] = {}
         self._metrics = _made.setdefault(registry, {})
         self._seen: dict[tuple[str, str], float] = {}
         self._sources: dict[str, tuple[str, str, str, str] | None] = {}
@@ -242,7 +106,7 @@ class Recorder:
                 continue
             options: dict[str, Any] = {"registry": registry}
             if metric.kind is Histogram:
-                options["buckets"] = _BUCKETS.get(name, JOULE_BUCKETS)
+                options["buckets"] = BUCKETS.get(name, JOULE_BUCKETS)
             if metric.kind is Gauge:
                 options["multiprocess_mode"] = "mostrecent"
             self._metrics[name] = _KINDS.get(metric.kind, metric.kind)(name, metric.help, metric.labels, **options)
@@ -276,15 +140,17 @@ class Recorder:
             if known is not None and known != source:
                 self._metrics["llmco2_grid_info"].labels(*known).set(0)
             self._sources[basis] = source or known
-            if figure is not None or known is not None:
-                self._metrics["llmco2_grid_intensity_known"].labels(basis).set(float(figure is not None))
-            if figure is None or source is None:
+            if figure is None and known is None:
                 continue
-            self._metrics["llmco2_grid_info"].labels(*source).set(1)
-            self._metrics["llmco2_grid_intensity_grams_per_kwh"].labels(basis).set(figure.grams_per_kwh)
-            self._metrics["llmco2_grid_intensity_estimated"].labels(basis).set(float(figure.estimated))
-            if age is not None:
-                self._metrics["llmco2_grid_intensity_age_seconds"].labels(basis).set(age)
+            # Not the last value that was known: that would be taken for one of now.
+            values = (math.nan, math.nan, None) if figure is None else (figure.grams_per_kwh, figure.estimated, age)
+            for name, value in zip(("grams_per_kwh", "estimated", "age_seconds"), values, strict=True):
+                if value is not None or known is not None:
+                    gauge = self._metrics[f"llmco2_grid_intensity_{name}"].labels(basis)
+                    gauge.set(math.nan if value is None else float(value))
+            self._metrics["llmco2_grid_intensity_known"].labels(basis).set(float(figure is not None))
+            if source is not None:
+                self._metrics["llmco2_grid_info"].labels(*source).set(1)
 
     def engine(self, snapshot: Mapping[str, Any], accounting: Accounting, now_epoch_seconds: float) -> None:
         """Advance the counters by what is new since the last snapshot of this engine.
@@ -294,20 +160,18 @@ class Recorder:
         engine = str(snapshot["engine"])
         labels = (self.identity.model_name, engine)
         source = f"{engine} since {snapshot['started_seconds']}"
-        grams_per_joule = accounting.operational_grams(1.0) or 0.0
         for phase in _PHASES:
             joules = self._new(source, f"{phase}_joules", snapshot[f"{phase}_joules"])
             self._metrics["llmco2_predicted_energy_joules_total"].labels(*labels, phase).inc(joules)
-            self._metrics["llmco2_predicted_carbon_grams_total"].labels(*labels, phase).inc(joules * grams_per_joule)
+            self._price("llmco2_predicted_carbon_grams_total", (*labels, phase), joules, accounting)
             tokens = self._new(source, f"{phase}_tokens", snapshot[f"{phase}_tokens"])
             self._metrics["llmco2_tokens_total"].labels(*labels, phase).inc(tokens)
         for name, field in _SNAPSHOT_COUNTERS.items():
             self._metrics[name].labels(*labels).inc(self._new(source, field, snapshot[field]))
         self._metrics["llmco2_hook_active"].labels(*labels).set(float(snapshot["active"]))
         self.failures(engine, snapshot["failures"])
-        self._embodied(
-            labels, source, accounting, (snapshot["step_seconds"], now_epoch_seconds - snapshot["started_seconds"])
-        )
+        self._see_time(source, now_epoch_seconds - snapshot["started_seconds"])
+        self._embodied(labels, source, accounting, snapshot["step_seconds"])
         if "metered" in snapshot:
             self._metered(labels, source, snapshot["metered"], accounting)
             self._meter(labels, source, snapshot.get("meter", {}).get("devices", []))
@@ -320,23 +184,27 @@ class Recorder:
             provenance["meter"],
         ).set(1)
 
-    def _embodied(
-        self, labels: tuple[str, str], source: str, accounting: Accounting, seconds: tuple[float, float]
-    ) -> None:
-        hardware, (busy, up) = (
-            accounting.hardware,
-            (
-                self._new(source, f"{name} for hardware", value)
-                for name, value in zip(("busy", "up"), seconds, strict=True)
-            ),
-        )
-        if hardware is None:
+    def _price(self, name: str, labels: tuple[str, ...], joules: float, accounting: Accounting) -> None:
+        """Count the grams of this energy, or the energy as one without grams."""
+        if (grams := accounting.operational_grams(joules)) is not None:
+            self._metrics[name].labels(*labels).inc(grams)
+        else:
+            self._metrics["llmco2_unpriced_energy_joules_total"].labels(*labels[:2], _UNPRICED[name]).inc(joules)
+
+    def _embodied(self, labels: tuple[str, str], source: str, accounting: Accounting, busy_seconds: float) -> None:
+        """Grams of the time since the last snapshot, by what it was; who carries idle time is a policy of requests."""
+        busy, up = self._new(source, "busy", busy_seconds), self._new(source, "up", self._up_seconds[source][1])
+        if (hardware := accounting.hardware) is None:
             return
-        rate = hardware.rate_grams_per_second
-        for state, grams in zip(
-            ("busy", "idle"), split_idle(rate, busy, max(0.0, up - busy), hardware.idle), strict=True
-        ):
+        parts = split_idle(hardware.rate_grams_per_second, busy, max(0.0, up - busy))
+        for state, grams in zip(("busy", "idle"), parts, strict=True):
             self._metrics["llmco2_embodied_carbon_grams_total"].labels(*labels, state).inc(grams)
+
+    def _see_time(self, source: str, up_seconds: float) -> None:
+        """An engine's time: as it says at first, then by a clock that nobody sets."""
+        now = self._clock()
+        last = self._up_seconds.get(source)
+        self._up_seconds[source] = now, max(0.0, up_seconds) if last is None else last[1] + now - last[0]
 
     def _metered(
         self, labels: tuple[str, str], source: str, metered: Mapping[str, Any], accounting: Accounting
@@ -345,12 +213,8 @@ class Recorder:
         for phase in _PHASES:
             joules = self._new(source, f"{phase}_joules", metered[f"{phase}_joules"])
             metrics["llmco2_energy_joules_total"].labels(*labels, phase).inc(joules)
-            grams, market = accounting.operational_grams(joules), accounting.market_grams(joules)
-            if grams is not None:
-                metrics["llmco2_carbon_grams_total"].labels(*labels, phase).inc(grams)
-            else:
-                metrics["llmco2_unpriced_energy_joules_total"].labels(*labels).inc(joules)
-            if market is not None:
+            self._price("llmco2_carbon_grams_total", (*labels, phase), joules, accounting)
+            if (market := accounting.market_grams(joules)) is not None:
                 metrics["llmco2_market_carbon_grams_total"].labels(*labels, phase).inc(market)
         for name, field in _METERED_COUNTERS.items():
             metrics[name].labels(*labels).inc(self._new(source, field, metered[field]))
@@ -359,8 +223,7 @@ class Recorder:
         for state, field in _STATES.items():
             joules = self._new(source, field, metered[field])
             metrics["llmco2_idle_energy_joules_total"].labels(*labels, state).inc(joules)
-            if (grams := accounting.operational_grams(joules)) is not None:
-                metrics["llmco2_idle_carbon_grams_total"].labels(*labels, state).inc(grams)
+            self._price("llmco2_idle_carbon_grams_total", (*labels, state), joules, accounting)
             if state in metered["idle_power_watts"]:
                 metrics["llmco2_idle_power_watts"].labels(*labels, state).set(metered["idle_power_watts"][state])
         trusted = metered["windows"] - metered["doubtful_windows"]

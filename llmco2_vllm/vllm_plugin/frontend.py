@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, replace
@@ -194,7 +195,7 @@ class CarbonFrontEnd:
         found = figure(ledger.ledger, ledger.metered)
         if found.coverage_ratio < 1.0:
             return
-        tokens = ledger.ledger.prefill_tokens + ledger.ledger.decode_tokens
+        tokens = max(0, ledger.ledger.useful_tokens)
         try:
             accounting = self.accounting_of([ledger])
             self.recorder.request_measured(ledger.ledger.engine, found.energy_joules, tokens, accounting)
@@ -244,9 +245,6 @@ class CarbonFrontEnd:
         for snapshot in found:
             self._late.settle(snapshot.pop("settled", {}))
         self._count_host(found)
-        uptime = sum(self.accountant.clock() - snapshot["started_seconds"] for snapshot in found)
-        if uptime > 0.0:
-            self.accountant.utilisation_ratio = min(1.0, sum(snapshot["step_seconds"] for snapshot in found) / uptime)
         return found
 
     def _count_host(self, snapshots: Sequence[dict[str, Any]]) -> None:
@@ -254,7 +252,7 @@ class CarbonFrontEnd:
         if hosts := [snapshot["host"] for snapshot in snapshots if "host" in snapshot]:
             metered = [snapshot["metered"] for snapshot in snapshots if "metered" in snapshot]
             joules, blind = (sum(m[key] for m in metered) for key in ("metered_joules", "unmetered_seconds"))
-            self._host.see(max(host["joules"] for host in hosts), joules, blind)
+            self._host.see(max(host["joules"] for host in hosts), joules, blind, time.monotonic())
             node = self.accountant.node
             self.accountant.node = node.with_host_measured(self._host.ratio, hosts[0]["source"])
 
@@ -281,7 +279,7 @@ class CarbonFrontEnd:
             "model": self.model_name,
             "basis": "measured" if any(e.get("metered", {}).get("windows") for e in engines) else "predicted",
             **first,
-            "zone": self.settings.zone,
+            "zone": self.settings.zone if accounting.intensity is None else accounting.intensity.zone,
             **intensity_documents(accounting),
             "grid": self.accountant.grid.state(),
             "pue": accounting.node.pue,

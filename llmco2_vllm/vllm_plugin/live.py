@@ -95,11 +95,11 @@ def _embodied(engines: Sequence[Engine], accounting: Accounting, now: float) -> 
     hardware = accounting.hardware
     if hardware is None or not engines:
         return None
-    rate, policy = hardware.rate_grams_per_second, hardware.idle
+    rate = hardware.rate_grams_per_second
     busy = idle = 0.0
     for engine in engines:
         seconds = engine["step_seconds"]
-        parts = split_idle(rate, seconds, max(0.0, now - engine["started_seconds"] - seconds), policy)
+        parts = split_idle(rate, seconds, max(0.0, now - engine["started_seconds"] - seconds))
         busy, idle = busy + parts[0], idle + parts[1]
     return {"busy_grams": busy, "idle_grams": idle, "grams_per_hour": rate * len(engines) * SECONDS_PER_HOUR}
 

@@ -124,6 +124,31 @@ def test_only_a_whole_server_has_devices_that_idle() -> None:
         assert row.idle_joules == pytest.approx(idle * device.idle_power_watts * seconds)
 
 
+HOLDS_OF_HOST: dict[str, Any] = {"devices": [device_by_name("h100-sxm")], "batch_limits": (16,)}
+
+
+@settings(deadline=None)
+@given(st.floats(3, 5), st.floats(3, 5))
+def test_a_host_that_lives_longer_than_its_devices_counts_for_less(devices: float, host: float) -> None:
+    def embodied(*years: float | None) -> float:
+        row = constant(asked(ownership=Ownership("devices", "product", *years), **HOLDS_OF_HOST)).rows[0]  # type: ignore[arg-type]
+        assert row.embodied_grams is not None
+        return row.embodied_grams
+
+    assert embodied(devices) == embodied(devices, None) == embodied(devices, devices)
+    assert (embodied(devices, host) <= embodied(devices)) == (host >= devices)
+    # Both parts go as one over their years.
+    both = embodied(4.0, 4.0)
+    of_devices = (embodied(3.0, 4.0) - both) / (1 / 3 - 1 / 4)
+    assert embodied(devices, host) == pytest.approx(of_devices / devices + (both - of_devices / 4) * 4 / host)
+
+
+@pytest.mark.parametrize("years", [2.9, 5.1])
+def test_a_lifetime_of_a_host_outside_of_what_is_possible_is_refused(years: float) -> None:
+    with pytest.raises(ValueError, match="years"):
+        constant(asked(ownership=Ownership(host_lifetime_years=years), **HOLDS_OF_HOST))
+
+
 @pytest.mark.parametrize("model", EMBODIED)
 def test_what_nobody_published_is_not_known_and_never_zero(model: Any) -> None:
     devices = [device_by_name(name) for name in ("h100-sxm", "l4", "cpu")]
@@ -212,5 +237,7 @@ def test_a_file_without_whole_days_is_refused(tmp_path: Path, rows: list[tuple[s
 
 def test_part_of_a_country_says_that_the_country_stands_in() -> None:
     assert zone_intensity("US-CAL-CISO").source.endswith("of US as a whole")
+    with pytest.raises(ValueError, match=r"zone='fr' is not known; .*near: FR"):
+        zone_intensities(("fr",), {"fr": Path("fr.csv")})
     with pytest.raises(ValueError, match="intensity file of zone='DE'; allowed: one of the zones compared, FR"):
         zone_intensities(("FR",), {"DE": Path("de.csv")})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +84,56 @@ def test_the_plot_is_an_image(model: Path, tmp_path: Path, against: str) -> None
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 20_000
 
 
+def test_without_matplotlib_a_plot_is_refused_before_the_work(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    result = run(model, "--plot", "front.png", "--zones", "nowhere")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert "matplotlib is not installed; pip install matplotlib" in result.stderr
+
+
+def test_the_title_says_by_what_the_rows_are_the_best(model: Path) -> None:
+    def title(*options: str) -> str:
+        return " ".join(run(model, "--tp", "1", *options).output.split())
+
+    assert "): least total device" in title()
+    assert "least operational, as total needs an embodied figure that is not known" in title("--devices", "l4")
+    assert "least total; least operational where no embodied" in title("--devices", "l4,h100-sxm")
+    assert "): least energy device" in title("--devices", "l4", "--by", "energy")
+    assert document(model, "--devices", "l4,h100-sxm", "--tp", "1")["best_by_operational"] == ["l4"]
+    assert document(model)["best_by_operational"] == []
+
+
+def test_json_says_what_kind_of_intensity_each_zone_has(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "fr.csv"
+    lines = [f"2024-01-01 {hour:02}:00,{20 + hour},{int(hour == 3)}" for hour in range(24)]
+    path.write_text("\n".join(["datetime_utc,FR,estimated", *lines]) + "\n")
+    before = time.time()
+    found = document(model, "--zones", "FR,PL,WORLD", "--tp", "1", "--intensity-file", f"FR={path}")
+    after = time.time()
+    file, table, world = found["zones"]
+    assert {zone["method"] for zone in found["zones"]} == {"average"}
+    assert file["year"] == 2024 and file["estimated"] is True and "factors" not in file
+    end = datetime(2024, 1, 2, tzinfo=UTC).timestamp()
+    assert before - end <= file["age_seconds"] <= after - end
+    assert table["factors"] == "lifecycle" and table["estimated"] is True and "factors" not in world
+    assert table["source"] == f"static:{table['year']}"
+    begin_of_next = datetime(table["year"] + 1, 1, 1, tzinfo=UTC).timestamp()
+    assert max(0.0, before - begin_of_next) <= table["age_seconds"] <= max(0.0, after - begin_of_next)
+
+
+def test_the_lifetime_of_hosts_is_that_of_devices_unless_it_is_said(model: Path) -> None:
+    years = [
+        document(model, "--lifetime-years", "3", *more)["embodied"] for more in ((), ("--host-lifetime-years", "5"))
+    ]
+    assert [(one["lifetime_years"], one["host_lifetime_years"]) for one in years] == [(3.0, 3.0), (3.0, 5.0)]
+
+
+@pytest.mark.parametrize("option", ["--pue", "--node-overhead", "--lifetime-years", "--host-lifetime-years"])
+def test_a_number_that_is_none_is_refused_by_the_name_of_its_option(model: Path, option: str) -> None:
+    result = run(model, option, "nan")
+    assert result.exit_code == 2 and f"Error: Invalid value for '{option}': nan is not possible" in result.stderr
+
+
 def test_figures_outside_of_the_training_data_are_marked(model: Path) -> None:
     result = run(model, "--devices", "mi300x")
     assert "mi300x *" in result.output and "*: outside of what the predictor was trained on" in result.output
@@ -92,6 +145,7 @@ def test_figures_outside_of_the_training_data_are_marked(model: Path) -> None:
         (("--devices", "abacus"), "device 'abacus' is not in the catalog; allowed: cpu"),
         (("--devices", ","), "devices=',' is not possible"),
         (("--zones", "UK"), "zone='UK' is not known"),
+        (("--zones", "fr"), "near: FR"),
         (("--workload", "no-trace"), "workload='no-trace' is not possible; allowed: azure-conv, azure-code"),
         (("--slo", "tpot=fast"), "slo: tpot='fast' is not possible; allowed: seconds above 0"),
         (("--slo", "p99=1"), "allowed: ttft=SECONDS, tpot=SECONDS, latency=SECONDS"),
@@ -100,7 +154,7 @@ def test_figures_outside_of_the_training_data_are_marked(model: Path) -> None:
         (("--intensity-file", "FR"), "intensity-file='FR' is not possible; allowed: ZONE=FILE"),
         (("--intensity-file", "WORLD=no/such.csv"), "no/such.csv"),
         (("--predictor", "no/such/file"), "no/such/file"),
-        (("--plot", "front.abc"), "--plot front.abc: "),
+        (("--plot", "front.abc"), "--plot front.abc: .abc is no image; allowed: "),
         (("--devices", "t4", "--tp", "1"), "no configuration is possible with this model and workload; for example t4"),
     ],
 )

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from llmco2_vllm.cli.main import main
+from llmco2_vllm.cli.options import FiniteRange
 from tests.reporting.made import MODEL, OTHER, intensity_file, stored, window
 from tests.reporting.prometheus_server import prometheus_server
 
@@ -91,6 +93,10 @@ def test_prometheus_is_asked_and_its_figures_are_written() -> None:
         assert result.exit_code == 0, result.output
         assert "| operational, location-based | 9,600 | g CO2e | 0 |" in result.stdout
         assert not [one for one in server.asked if "embodied" in one["query"]]
+        server.asked.clear()
+        chosen = run("--prometheus", server.url, *options, "--match", 'job=""')
+        assert f'Source: Prometheus, {server.url[7:]}, job="".' in chosen.stdout
+        assert server.asked and all('{job=""}[1h]' in one["query"] for one in server.asked)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +106,8 @@ def test_prometheus_is_asked_and_its_figures_are_written() -> None:
         (("--samples", "x", "--prometheus", "http://x"), "--samples or --prometheus is needed, one of the two"),
         (("--samples", "/nowhere"), "/nowhere: no such file; samples are stored there"),
         (("--prometheus", "http://127.0.0.1:1"), "prometheus 127.0.0.1:1 is not reachable (ConnectError)"),
+        (("--samples", "x", "--match", 'job="x"'), "--match is for --prometheus"),
+        (("--prometheus", "http://x", "--match", "job=x"), "match='job=x' is not possible; allowed: label matchers"),
         (("--prometheus", "x"), "the address is not possible; allowed: http://HOST:PORT"),
         (("--prometheus", "http://x", "--embodied", "product"), "--embodied is for --samples"),
     ],
@@ -114,12 +122,18 @@ def test_a_source_that_is_none_is_told_in_one_line(options: tuple[str, ...], mes
         (("--model", "ff"), f"model='ff' is not in the data; allowed: {MODEL}, {OTHER}"),
         (("--unit", "page=many"), "unit='page=many' is not possible; allowed: page=500 tokens"),
         (("--zone", "XX"), "zone='XX' is not known; allowed:"),
+        (("--zone", "fr"), "near: FR"),
+        (
+            ("-o", "x.pdf"),
+            "-o x.pdf: .pdf is no format; allowed: .html, .htm, .csv, .md, or --format markdown|csv|html",
+        ),
         (("--region", "aws:mars"), "region='aws:mars' is not in the table"),
         (("--zone", "FR", "--region", "aws:eu-west-3"), "allowed: one of them"),
-        (("--market-intensity", "nowhere.csv"), "file='nowhere.csv' cannot be read"),
-        (("--market-intensity", "-3"), "intensity=-3.0 is not possible; allowed: 0 to 3000"),
+        (("--market-intensity", "nowhere.csv"), "market-intensity: intensity_file='nowhere.csv' cannot be read"),
+        (("--market-intensity", "-3"), "market-intensity: intensity=-3.0 is not possible; allowed: 0 to 3000"),
         (("--from", "2026-03-09"), "none of its 31 samples lies in the days asked for"),
         (("--from", "2026-03-03", "--to", "2026-03-02"), "to=2026-03-02 is not possible; allowed: 2026-03-03"),
+        (("--market-intensity", "nan"), "market-intensity: intensity=nan is not possible"),
         (("--method", "marginal"), "method=marginal needs intensity or intensity-file"),
         (("-o", "/nowhere/report.md"), "No such file or directory: '/nowhere/report.md'"),
     ],
@@ -141,6 +155,40 @@ def test_without_jinja2_html_is_refused_in_one_line(folder: Path, monkeypatch: p
     monkeypatch.delitem(sys.modules, "llmco2_vllm.reporting.page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert "--format html: jinja2 is not installed" in error(run("--samples", folder, "--format", "html"))
+
+
+def test_the_format_is_known_to_be_possible_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "nothing"
+    assert "x.pdf: .pdf is no format" in error(run("--samples", missing, "-o", "x.pdf"))
+    monkeypatch.delitem(sys.modules, "llmco2_vllm.reporting.page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert "pip install jinja2" in error(run("--samples", missing, "-o", "x.html"))
+
+
+def test_a_format_that_is_asked_for_goes_into_any_file(folder: Path) -> None:
+    assert run("--samples", folder, "--format", "csv", "-o", folder / "x.pdf").exit_code == 0
+    assert (folder / "x.pdf").read_text().startswith("day,model,")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "NaN"])
+@pytest.mark.parametrize(
+    "option",
+    ["--intensity", "--pue", "--node-overhead", "--auxiliary", "--lifetime-years", "--host-lifetime-years"],
+)
+def test_a_number_that_is_none_is_refused_by_the_name_of_its_option(folder: Path, option: str, number: str) -> None:
+    result = run("--samples", folder, option, number)
+    assert result.exit_code == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1 and f"Invalid value for '{option}'" in lines[0] and "range" in lines[0]
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_infinity_is_refused_where_there_is_no_upper_bound(number: str) -> None:
+    with pytest.raises(click.BadParameter, match="a finite number in the range x>=1"):
+        FiniteRange(1).convert(number, None, None)
+    assert FiniteRange(1).convert("1e300", None, None) == 1e300
 
 
 def test_help_names_what_can_be_asked() -> None:

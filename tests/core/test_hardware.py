@@ -7,6 +7,7 @@ import pytest
 from llmco2_vllm.core import hardware
 from llmco2_vllm.core.hardware import (
     Topology,
+    _catalog,
     cpu_power,
     detect_host,
     device_by_name,
@@ -107,6 +108,8 @@ def test_every_catalog_row_is_found_by_its_name_and_has_a_source_and_dense_peaks
     row = next(row for row in hardware._catalog()["gpu"] if row["name"] == name)
     assert device.name == name
     assert device.source
+    row = next(row for row in _catalog()["gpu"] if row["name"] == name)
+    assert 2015 <= row["year"] <= 2026 and row["idle_source"] and isinstance(row["verified"], bool)
     assert row["dense"] is True
     assert 0 < device.idle_power_watts < device.power_limit_watts
     assert device.memory_bandwidth_bytes_per_second > 1e11

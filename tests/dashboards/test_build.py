@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from llmco2_vllm.cli.main import main
 from llmco2_vllm.dashboards import build
 from llmco2_vllm.dashboards.rules import ALERTS, RECORDS
-from llmco2_vllm.telemetry.metrics import METRICS
+from llmco2_vllm.telemetry.metric_table import METRICS
 
 EXAMPLES = build.CHECKOUT / "examples" / "observability"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from llmco2_vllm.telemetry.metrics import METRICS
+from llmco2_vllm.telemetry.metric_table import METRICS
 from tests.dashboards.exposition import full, places_of_failure, text
 from tests.prometheus import Promtool, promtool
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from llmco2_vllm.core.metering import Doubt
+from llmco2_vllm.dashboards import colours
 from llmco2_vllm.dashboards.dashboard import dashboard
 from llmco2_vllm.dashboards.promql import families
-from llmco2_vllm.telemetry.metrics import METRICS
+from llmco2_vllm.telemetry.metric_table import METRICS
 from tests.dashboards import linting
 from tests.dashboards.grafana import panels, targets
 
@@ -87,6 +89,25 @@ def test_a_panel_says_its_metrics_its_unit_and_what_it_shows_when_nothing_is_mea
     unit = panel["fieldConfig"]["defaults"].get("unit") or panel["options"].get("yAxis", {}).get("unit")
     assert unit in OUR_UNITS | {"suffix:g/kWh"} or panel["type"] == "state-timeline"
     assert not [target for target in panel["targets"] if "vector(0)" in target["expr"]], "unknown is never 0"
+
+
+@pytest.mark.parametrize("panel", list(panels(DASHBOARD)), ids=lambda panel: panel["title"])
+def test_no_two_series_of_a_panel_have_one_colour(panel: dict[str, Any]) -> None:
+    if panel["type"] not in ("timeseries", "bargauge"):
+        return
+    named = [name for target in panel["targets"] for name in colours.names(target["legendFormat"])]
+    rules = {
+        rule["matcher"]["options"]: rule["properties"][0]["value"]["fixedColor"]
+        for rule in panel["fieldConfig"]["overrides"]
+    }
+    assert len(set(rules.values())) == len(rules), rules
+    left = [name for name in named if name not in rules and not name.startswith(colours.FAILURES)]
+    assert not left or named == left == ["{{instance}} · engine {{engine}}"], "or Grafana's palette chooses"
+
+
+def test_every_fault_of_a_meter_has_a_colour_of_its_own() -> None:
+    faults = {f"fault: {doubt}" for doubt in Doubt if doubt is not Doubt.NONE}
+    assert {name for name in colours.COLOURS if name.startswith("fault: ")} == faults
 
 
 def test_titles_and_numbers_of_panels_are_unlike_and_panels_lie_beside_each_other() -> None:

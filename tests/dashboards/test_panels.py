@@ -25,6 +25,8 @@ SECONDS = 180.0
 METRIC = "llmco2_power_watts"
 # Grafana's green and blue on dark.
 GREEN, BLUE = (115, 191, 105), (87, 148, 242)
+RED = (242, 73, 92)
+JUDGED = (("red", None), ("green", 3.0))
 GROUPS = (("red", None), ("green", -0.01), ("red", 0.01))
 
 node = pytest.mark.skipif(shutil.which("node") is None, reason="no Node (apt install nodejs npm)")
@@ -141,6 +143,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = {
         "watts": answered(stat("Watts", "", METRIC, "watt"), [series([1400, 1500])]),
         "empty": answered(stat("Empty", "", METRIC, "watt"), []),
+        "still": answered(stat("Still", "", METRIC, "joule", JUDGED), [series([1, 2, math.nan])]),
+        "blind": answered(stat("Blind", "", METRIC, "joule", JUDGED), []),
         "small": answered(stat("Small", "", METRIC, "joule", GROUPS), [series([0.0, -2e-12])]),
         "lines": answered(lines("Lines", "", [(METRIC, "measured")], "watt"), [series([1, math.nan, 2, 3])]),
         "absent": answered(lines("Absent", "", [(METRIC, "measured")], "watt"), []),
@@ -169,7 +173,7 @@ def colours(pictures: Path, name: str) -> set[tuple[int, ...]]:
 
 
 def test_a_tile_has_its_value_in_grafanas_unit(pictures: Path) -> None:
-    assert reads(pictures, "watts") == ["Watts", "1.50 kW"]
+    assert reads(pictures, "watts") == ["Watts", "now", "1.50 kW"]
 
 
 @pytest.mark.parametrize("name", ["empty", "absent"])
@@ -180,6 +184,12 @@ def test_a_panel_without_data_reads_not_measured(pictures: Path, name: str) -> N
 def test_a_value_has_the_colour_of_its_threshold_below_zero_too(pictures: Path) -> None:
     assert reads(pictures, "small")[-1] == "-2 pJ"
     assert GREEN in colours(pictures, "small")
+
+
+@pytest.mark.parametrize(("name", "text"), [("still", "No traffic"), ("blind", "Not measured")])
+def test_a_judged_tile_without_a_number_says_why_and_does_not_judge(pictures: Path, name: str, text: str) -> None:
+    assert reads(pictures, name)[-1] == text
+    assert RED not in colours(pictures, name)
 
 
 def test_a_line_has_the_colour_that_the_panel_gives_it(pictures: Path) -> None:

@@ -40,7 +40,7 @@ def opened(remote: Remote, clock: FakeClock, tmp_path: Path) -> Opener:
     """``opened(provider, **choice)``: a chain that asks the test's server, with keys and a cache of its own."""
 
     def make(provider: str, **choice: Any) -> Chain:
-        choice = {"zone": ZONES[provider], "base_url": remote.base_url, "cache": tmp_path / "cache"} | choice
+        choice = {"zone": ZONES[provider], "provider_url": remote.base_url, "cache": tmp_path / "cache"} | choice
         patience = Patience(retry_seconds=30.0, hold_seconds=6 * 3600.0)
         return open_chain(GridChoice(provider, patience=patience, **choice), ENVIRONMENT, clock)
 

@@ -211,7 +211,7 @@ async def test_what_was_fetched_for_another_zone_or_factors_is_not_taken(remote:
     remote.on(LATEST, electricity_maps())
     await opened("electricity-maps").refresh()
     others = [opened("electricity-maps", zone="FR"), opened("electricity-maps", factors="direct")]
-    assert [chain.current and chain.current.source for chain in others] == ["static:2023", "default:world-average"]
+    assert [chain.current and chain.current.source for chain in others] == ["static:2023", None]
 
 
 numbers = st.floats(0, 3000)
@@ -307,3 +307,22 @@ def test_the_parts_of_a_span_tile_it_and_each_is_what_was_known_of_its_begin(beg
 def test_a_figure_without_an_end_is_asked_for_once_however_long_the_span() -> None:
     chain = Chain([ConstantProvider(56.0)], FakeClock(NOW))
     assert [length for _, length in chain.between(0.0, 1e9)] == [1e9]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_stand_in_does_not_fill_a_span_in_which_the_first_link_knows_again(ends: bool) -> None:
+    begin = NOW // 3600 * 3600
+
+    class Gapped(Spoken):
+        """Knows each hour but the second."""
+
+        def at(self, epoch_seconds: float) -> Intensity | None:
+            hour = begin + (epoch_seconds - begin) // 3600 * 3600
+            known = Intensity(100, None, "average", "location", self.name, False, hour, hour + 3600)
+            return None if hour == begin + 3600 else known
+
+    chain = Chain([Gapped("first"), TableProvider("WORLD") if ends else ConstantProvider(7.0)], FakeClock(NOW))
+    parts = chain.between(begin + 600, begin + 4 * 3600)
+    stood_in = sum(length for figure, length in parts if figure is not None and figure.source != "first")
+    assert stood_in == 3600
+    assert sum(length for _, length in parts) == 4 * 3600 - 600

@@ -73,7 +73,7 @@ async def test_a_server_that_answers_drop_by_drop_is_left_after_its_time(remote:
 async def test_a_server_that_is_not_there_is_named_without_what_was_sent(opened: Opener) -> None:
     with remote_server() as gone:
         address = gone.base_url
-    chain = opened("electricity-maps", base_url=address)
+    chain = opened("electricity-maps", provider_url=address)
     await chain.refresh()
     assert first(chain)["failure"] == "127.0.0.1 could not be asked (ConnectError)"
 
@@ -182,7 +182,7 @@ async def test_a_clock_that_is_late_is_seen_and_no_figure_of_later_is_used(
         clock.advance(1000)
     assert chain.current is not None and chain.current.source == "static:2023"
     assert first(chain)["clock_skew_seconds"] == pytest.approx(-7200 + 2000, abs=1)
-    assert "its figures begin later" in first(chain)["reason"]
+    assert "its figures begin more than a period ahead" in first(chain)["reason"]
     said = [record.getMessage() for record in caplog.records if "clock" in record.getMessage()]
     assert said == ["llmco2: carbon intensity, electricity-maps: this host's clock is -7200 s ahead of the server's"]
 
@@ -247,7 +247,7 @@ def test_no_answer_whatever_breaks_anything_or_is_taken_for_a_figure_out_of_boun
     zone = {"electricity-maps": "DE", "watttime": "CAISO_NORTH", "uk-carbon-intensity": "GB"}[provider]
     # A folder for each example: nobody takes over what another one was told.
     with TemporaryDirectory(dir=tmp_path) as folder:
-        choice = GridChoice(provider, zone, base_url=remote.base_url, cache=Path(folder))
+        choice = GridChoice(provider, zone, provider_url=remote.base_url, cache=Path(folder))
         chain = open_chain(choice, ENVIRONMENT, FakeClock(NOW))
         asyncio.run(chain.refresh())
     assert chain.state()["failures"] == 0
@@ -342,7 +342,7 @@ def test_patience_names_the_key_that_is_wrong(change: dict[str, float]) -> None:
 
 async def test_another_address_of_the_same_api_may_have_a_path(remote: Remote, opened: Opener) -> None:
     remote.on("/proxy/intensity", {"data": [uk(HOUR, 100, 99)]})
-    chain = opened("uk-carbon-intensity", base_url=remote.base_url + "/proxy/")
+    chain = opened("uk-carbon-intensity", provider_url=remote.base_url + "/proxy/")
     await chain.refresh()
     assert chain.current is not None and chain.current.grams_per_kwh == 99
 
@@ -351,7 +351,7 @@ async def test_another_address_of_the_same_api_may_have_a_path(remote: Remote, o
     "url", ["", "ftp://host", "https://", "https://user:word@host", "https://host?key=1", "http://[", "host"]
 )
 def test_an_address_that_cannot_be_asked_is_refused_without_being_shown(url: str, clock: FakeClock) -> None:
-    with pytest.raises(ValueError, match=r"^base_url is not possible; allowed: https://host"):
+    with pytest.raises(ValueError, match=r"^provider_url is not possible; allowed: https://host"):
         Server(url, clock)
 
 

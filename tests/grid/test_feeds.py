@@ -189,7 +189,7 @@ async def test_two_nulls_are_no_figure_of_zero(remote: Remote, opened: Opener) -
     remote.on("/intensity/*", {"data": []})
     chain = opened("uk-carbon-intensity")
     await chain.refresh()
-    assert chain.current is not None and chain.current.source == "default:world-average"
+    assert chain.current is None
     assert "forecast and actual are null" in chain.state()["links"][0]["reason"]
 
 

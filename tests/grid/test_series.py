@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_read_is_one_line(name: str, content: bytes | None
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        open_chain(GridChoice("file", "DE-LU", file=path))
+        open_chain(GridChoice("file", "DE-LU", intensity_file=path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -161,7 +161,7 @@ async def test_a_file_that_is_replaced_is_read_again_and_a_broken_one_is_not_tak
 
 def test_past_the_files_end_the_yearly_average_of_the_zone_stands_in(tmp_path: Path) -> None:
     path = write(tmp_path / "s.csv", hours([300]))
-    chain = open_chain(GridChoice("file", "DE-LU", file=path), clock=FakeClock(START))
+    chain = open_chain(GridChoice("file", "DE-LU", intensity_file=path), clock=FakeClock(START))
     later = chain.at(START + 7200)
     assert chain.current is not None and chain.current.source == "file:s.csv"
     assert later is not None and (later.zone, later.source) == ("DE", "static:2023")
@@ -172,5 +172,5 @@ def test_no_average_of_the_grid_stands_in_for_marginal_or_market_based_figures(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
     path = write(tmp_path / "s.csv", hours([300]))
-    chain = open_chain(GridChoice("file", "DE-LU", file=path, **change), clock=FakeClock(START))
+    chain = open_chain(GridChoice("file", "DE-LU", intensity_file=path, **change), clock=FakeClock(START))
     assert chain.current is not None and chain.at(START + 7200) is None

@@ -152,7 +152,7 @@ def test_a_constant_is_the_same_at_all_times_and_has_no_age(value: float, moment
         ({"provider": "constant"}, "intensity is missing; allowed: 0 to 3000"),
         ({"provider": "constant", "grams_per_kwh": 4000}, "intensity=4000 is not possible; allowed: 0 to 3000"),
         ({"provider": "constant", "grams_per_kwh": 1, "basis": "mixed"}, "basis='mixed' is not possible"),
-        ({"provider": "file"}, "file is missing; allowed: the path"),
+        ({"provider": "file"}, "intensity_file is missing; allowed: the path"),
         ({"provider": "electricity-maps"}, "zone is missing for electricity-maps; allowed: a zone"),
         ({"provider": "electricity-maps", "zone": "DE"}, "key: none in the variable ELECTRICITY_MAPS_API_KEY; set"),
         (
@@ -161,7 +161,10 @@ def test_a_constant_is_the_same_at_all_times_and_has_no_age(value: float, moment
         ),
         ({"provider": "watttime", "zone": "CAISO_NORTH"}, "key: none in the variable WATTTIME_USER"),
         ({"provider": "uk-carbon-intensity", "zone": "FR"}, "zone='FR' is not possible for uk-carbon-intensity"),
-        ({"provider": "uk-carbon-intensity", "base_url": "ftp://x"}, "provider uk-carbon-intensity: base_url is not"),
+        (
+            {"provider": "uk-carbon-intensity", "provider_url": "ftp://x"},
+            "provider uk-carbon-intensity: provider_url is not",
+        ),
         ({"region": "aws:us-eest-1"}, "region='aws:us-eest-1' is not in the table; .*near: .*aws:us-east-1"),
         ({"region": "aws:us-east-1", "zone": "FR"}, "region='aws:us-east-1' and zone='FR' are both there"),
         ({"zone": "AD"}, "zone='AD' is not in the shipped table"),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +57,21 @@ def values(result: list[dict[str, Any]]) -> Iterator[float]:
 
 
 def keep(folder: Path, panel: Panel, results: list[dict[str, Any]]) -> None:
-    """One file for a panel: what it is, and its answers."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One file for a panel: what it is, and its answers; files of earlier runs go first."""
+    _emptied(folder)
     parts = ("title", "type", "description", "fieldConfig", "options", "transformations", "gridPos")
     document = {**{key: panel[key] for key in parts if key in panel}, "results": results}
     slug = re.sub(r"[^a-z0-9]+", "-", panel["title"].lower()).strip("-")
     path = folder / f"{panel['id']:02d}-{slug}.json"
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@cache
+def _emptied(folder: Path) -> None:
+    """The folder is there, and without files of panels; once a run, which keeps one file after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("[0-9][0-9]-*.json"):
+        path.unlink()
 
 
 def all_panels(dashboard: dict[str, Any]) -> list[Panel]:

@@ -150,7 +150,6 @@ def run(server: VllmServer, clients: Clients, device: Device, scrape: Scrape) ->
             answers += traffic.send(clients, LOAD_SECONDS)
             clients.wait_until(lambda: clients.engine()["running_requests"] == 0, "the engine let go of who hung up")
         time.sleep(PAUSE_SECONDS)
-    span = asking.Span(begin, time.time())
     after = at_rest(clients)
     last = [counters(prometheus, clients) for prometheus in found]
     grown = [{name: b[name] - a[name] for name in b} for a, b in zip(first, last, strict=True)]
@@ -159,8 +158,11 @@ def run(server: VllmServer, clients: Clients, device: Device, scrape: Scrape) ->
     clients.wait_until(lambda: clients.engine()["meter"]["devices"][0]["source"] != "counter", "the device is lost")
     device.control.mend()
     clients.wait_until(lambda: clients.engine()["meter"]["devices"][0]["source"] == "counter", "it is back")
-    time.sleep(4.0)  # a rate takes two scrapes
-    return Run(found, span._replace(end=time.time()), grown, before, after, finals)
+    # What is kept ends under load, so that pictures show a server at work.
+    with device.drawing(BUSY_WATTS):
+        traffic.send(clients, LOAD_SECONDS)
+        span = asking.Span(begin, time.time())
+    return Run(found, span, grown, before, after, finals)
 
 
 @pytest.mark.parametrize("panel", asking.all_panels(DASHBOARD), ids=lambda panel: panel["title"])

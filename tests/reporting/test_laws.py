@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmco2_vllm.core.carbon import node_joules, operational_grams
@@ -15,9 +17,11 @@ from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.reporting.figures import ALL, functional_unit
 from llmco2_vllm.reporting.held import EmbodiedChoice
 from llmco2_vllm.reporting.hours import PARTS, Record, Selection, pieces
+from llmco2_vllm.reporting.page import html
 from llmco2_vllm.reporting.pricing import SiteChoice, open_pricing
 from llmco2_vllm.reporting.report import Report, make_report
 from llmco2_vllm.reporting.stored import read
+from llmco2_vllm.reporting.writing import markdown
 from llmco2_vllm.store.sample import Sample
 from tests.reporting.made import BEGIN, HOUR, MODEL, OTHER, intensity_file, window
 
@@ -36,6 +40,7 @@ ADDITIVE = (
     "predicted_operational_grams",
     "prefill_tokens",
     "decode_tokens",
+    "useful_tokens",
 )
 ROWS = st.tuples(st.floats(0.1, 100), st.integers(0, 500), st.integers(0, 64))
 WINDOWS = st.builds(
@@ -71,6 +76,7 @@ def known(found: Report, name: str, day: str = ALL, model: str = ALL) -> float:
     return answer
 
 
+@settings(deadline=None)
 @given(STORES)
 def test_days_and_models_add_up_to_the_total(samples: list[Sample]) -> None:
     found = report(samples, SiteChoice(grams_per_kwh=300.0, market="20", pue=1.3, node_overhead_ratio=0.2))
@@ -86,6 +92,7 @@ def test_days_and_models_add_up_to_the_total(samples: list[Sample]) -> None:
             assert sum(parts) == pytest.approx(total, rel=1e-9, abs=1e-12), name
 
 
+@settings(deadline=None)
 @given(STORES)
 def test_the_energy_of_the_windows_is_the_energy_of_the_report_and_of_its_parts(samples: list[Sample]) -> None:
     found = report(samples, SiteChoice())
@@ -95,6 +102,7 @@ def test_the_energy_of_the_windows_is_the_energy_of_the_report_and_of_its_parts(
     assert parts == pytest.approx(metered)
 
 
+@settings(deadline=None)
 @given(STORES, st.floats(0.1, 1400))
 def test_twice_the_intensity_is_twice_the_operational_grams_and_the_same_embodied(
     samples: list[Sample], grams: float
@@ -105,6 +113,7 @@ def test_twice_the_intensity_is_twice_the_operational_grams_and_the_same_embodie
     assert value(two, "embodied_idle_grams") == value(one, "embodied_idle_grams")
 
 
+@settings(deadline=None)
 @given(STORES, st.integers(0, 3000))
 def test_the_market_never_changes_an_sci_nor_the_location(samples: list[Sample], market: int) -> None:
     without, given_one = (
@@ -117,6 +126,7 @@ def test_the_market_never_changes_an_sci_nor_the_location(samples: list[Sample],
             assert figure in given_one.figures
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e6), st.floats(0.001, 1e5))
 def test_the_shares_of_a_stretch_of_time_in_its_hours_add_up_to_one(begin: float, seconds: float) -> None:
     found = list(pieces(begin, begin + seconds))
@@ -133,12 +143,63 @@ def test_energy_is_multiplied_by_the_intensity_of_the_hour_in_which_it_was_used(
     assert known(found, "location_intensity_grams_per_kwh") == pytest.approx(300)
 
 
-def test_half_hours_of_a_file_count_as_their_mean(tmp_path: Path) -> None:
-    file = tmp_path / "grid.csv"
-    file.write_text(f"epoch_seconds,grams_per_kwh\n{BEGIN},100\n{BEGIN + HOUR / 2},300\n")
-    assert known(report([window(0.1, 3.6e6)], SiteChoice(file=file)), "operational_location_grams") == pytest.approx(
-        200
+def file_of(path: Path, step_seconds: float, values: Sequence[float | None]) -> Path:
+    rows = [f"{BEGIN + step_seconds * n},{'' if grams is None else grams}" for n, grams in enumerate(values)]
+    path.write_text("\n".join(["epoch_seconds,grams_per_kwh", *rows, ""]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("step_seconds", "values", "mean"),
+    [
+        (1800, [100, 300], 200),
+        (300, [0, 900, 900] * 4, 600),
+        (300, [900, 0, 0] * 4, 300),
+        (60, [600, *[0] * 59], 10),
+    ],
+)
+def test_the_intensity_of_an_hour_is_the_mean_of_all_rows_in_it(
+    tmp_path: Path, step_seconds: float, values: list[float | None], mean: float
+) -> None:
+    file = file_of(tmp_path / "grid.csv", step_seconds, values)
+    found = report([window(0.1, 3.6e6)], SiteChoice(file=file, market=str(file)))
+    assert known(found, "operational_location_grams") == pytest.approx(mean)
+    assert known(found, "operational_market_grams") == pytest.approx(mean)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_an_hour_of_which_any_row_is_missing_has_no_intensity(data: st.DataObject) -> None:
+    missing = data.draw(st.integers(0, 11))
+    with TemporaryDirectory() as folder:
+        file = file_of(Path(folder) / "grid.csv", 300, [None if row == missing else 100.0 for row in range(24)])
+        found = report([window(0.1, 3.6e6), window(1.1, 3.6e6)], SiteChoice(file=file))
+    assert known(found, "operational_location_grams") == pytest.approx(100)
+    assert known(found, "hours_without_intensity") == 1
+    assert any("1 of 2 hours have no known intensity, or not for all of the hour" in line for line in found.unknown)
+
+
+@pytest.mark.parametrize("site", [{"zone": "FR"}, {"grams_per_kwh": 5.0}, {"region": "aws:eu-west-3"}])
+def test_only_a_report_without_any_place_says_above_all_that_it_is_of_the_world(site: dict[str, Any]) -> None:
+    samples = [window(0, 100.0, (10.0, 0, 8))]
+    assert not report(samples, SiteChoice(**site)).cautions
+    nowhere = report(samples, SiteChoice())
+    assert ["The world's average" in line for line in nowhere.cautions] == [True]
+    written = markdown(nowhere)
+    assert written.index("The world's average") < written.index("## Totals")
+    page = html(nowhere)
+    assert page.index('role="note"') < page.index('class="cards"') and 'role="note"' not in html(
+        report(samples, SiteChoice(**site))
     )
+
+
+def test_the_method_says_what_sci_holds_and_which_tokens_divide_it() -> None:
+    found = report([window(0, 100.0, (10.0, 0, 8))], SiteChoice())
+    said = dict(found.methods)
+    assert "idle energy and the idle embodied carbon" in said["SCI"] and "single response has neither" in said["SCI"]
+    assert "computed again after a preemption and rejected drafts" in said["Tokens of use"]
+    assert any("samples do not tell them apart" in line for line in found.unknown)
+    assert value(found, "recomputed_tokens") is None and value(found, "useful_tokens") == 8
 
 
 def test_pue_and_what_the_node_adds_are_counted_once() -> None:
@@ -251,7 +312,7 @@ def test_sci_is_operational_and_embodied_grams_over_the_functional_units() -> No
 def test_embodied_carbon_goes_by_the_time_the_device_was_held_busy_and_idle() -> None:
     choice = EmbodiedChoice("product", 4.0, 4.0)
     rate = choice.rate("h100-sxm").grams_per_second
-    assert rate == pytest.approx((164e3 + 5700e3 / 8) / (4 * 365 * 86400))
+    assert rate is not None and rate == pytest.approx((164e3 + 5700e3 / 8) / (4 * 365 * 86400))
     found = report([window(0, 100.0, (10.0, 0, 8))], SiteChoice())
     assert known(found, "embodied_busy_grams") == pytest.approx(0.1 * rate)
     assert known(found, "embodied_idle_grams") == pytest.approx(9.9 * rate)

@@ -27,4 +27,8 @@ def accounting(
 
 def with_hardware(intensity: float = 56.0, **settings: object) -> Accounting:
     """Of one H100 and its share of a server."""
+    if settings.get("embodied_idle") == "busy":
+        settings = {"utilisation": 0.5, **settings}
+    if settings.get("intensity_method") == "marginal":
+        settings = {**settings, "market_intensity": None}
     return accountant("h100-sxm", intensity=intensity, **settings).now()

@@ -93,7 +93,14 @@ def test_a_region_gives_zone_and_pue_and_a_setting_goes_before_it() -> None:
         ({"provider": "electricity-maps", "zone": "FR"}, "key: none in the variable ELECTRICITY_MAPS_API_KEY"),
         ({"provider": "electricity-maps"}, "zone is missing"),
         ({"provider": "watttime", "zone": "CAISO_NORTH"}, "WATTTIME"),
-        ({"provider": "file"}, "file is missing"),
+        ({"provider": "file"}, "intensity_file is missing"),
+        ({"intensity": 56, "provider": "static"}, "intensity and provider static are both there"),
+        ({"zone": "FR", "intensity_method": "marginal"}, "intensity_method='marginal' is not possible"),
+        ({"zone": "FR", "intensity_factors": "direct"}, "intensity_factors='direct'"),
+        ({"provider": "uk-carbon-intensity", "intensity_factors": "lifecycle"}, "intensity_factors='lifecycle'"),
+        ({"intensity": 56, "intensity_method": "marginal", "market_intensity": 9}, "market_intensity stands beside an"),
+        ({"embodied_idle": "busy"}, "utilisation is missing"),
+        ({"zone": "FR", "provider_url": "http://localhost"}, "provider_url and provider static are both there"),
         ({"intensity_file": "no/such.csv"}, "no/such.csv"),
         ({"provider": "constant"}, "intensity is missing"),
         ({"provider": "uk-carbon-intensity", "zone": "FR"}, "zone='FR'"),
@@ -171,12 +178,22 @@ def test_the_hosts_share_is_that_of_the_time_in_which_both_meters_ran() -> None:
         (5100, 310, 90),
         (5103, 320, 90),
     ):
-        share.see(host, devices, blind)
+        share.see(host, devices, blind, 0.0)
     assert share.ratio == pytest.approx((90 + 3) / (300 + 10))
+
+
+def test_what_the_host_took_while_nobody_asked_is_not_for_those_who_ask_later() -> None:
+    share = HostShare()
+    host = devices = now = 0.0
+    for seconds, watts, device_watts in ((9 * 3600, 200, 70), (3600, 250, 600)):
+        for _ in range(seconds // 5):
+            host, devices, now = host + 5 * watts, devices + 5 * device_watts, now + 5
+            share.see(host, devices, 0.0, now)
+    assert share.ratio == pytest.approx(250 / 600, rel=1e-3)
 
 
 def test_a_restarted_engine_begins_the_hosts_share_anew_without_a_negative_span() -> None:
     share = HostShare()
     for host, devices in ((0, 0), (30, 100), (1, 2), (4, 12)):
-        share.see(host, devices, 0)
+        share.see(host, devices, 0, 0.0)
     assert share.ratio == pytest.approx(33 / 110)

@@ -137,7 +137,7 @@ def test_sci_is_operational_and_embodied_and_no_contract_lowers_it(
         return
     assert parts["total"] == pytest.approx(parts["operational"] + parts["embodied"], rel=1e-5)
     assert carbon["sci"]["per_request"] == parts["total"]
-    tokens = item.ledger.prefill_tokens + item.ledger.decode_tokens
+    tokens = max(0, item.ledger.useful_tokens)
     assert ("per_1000_tokens" in carbon["sci"]) == (tokens > 0)
     if tokens:
         assert carbon["sci"]["per_1000_tokens"] == pytest.approx(parts["total"] / tokens * 1000, rel=1e-5)
@@ -155,11 +155,22 @@ def test_embodied_carbon_of_a_second_is_the_cards_and_its_share_of_the_host() ->
     assert longer["carbon_grams"]["embodied"] == pytest.approx(0.8 * carbon["carbon_grams"]["embodied"], rel=1e-5)
 
 
-def test_idle_time_that_busy_time_carries_waits_until_the_utilisation_is_known() -> None:
-    rates = with_hardware(embodied_idle="busy")
-    assert "embodied" not in described([request()], rates)["carbon_grams"]
-    half = described([request()], rates._replace(utilisation_ratio=0.5))["carbon_grams"]["embodied"]
+def test_idle_time_that_busy_time_carries_is_by_the_planned_utilisation() -> None:
+    half = described([request()], with_hardware(embodied_idle="busy", utilisation=0.5))["carbon_grams"]["embodied"]
     assert half == pytest.approx(2 * described([request()], with_hardware())["carbon_grams"]["embodied"], rel=1e-5)
+
+
+def test_waste_makes_no_figure_per_token_better() -> None:
+    plain = request()
+    wasteful = request()
+    # As many tokens of use, and 60 more that were computed again or rejected, for the same energy.
+    more = wasteful.ledger._replace(
+        prefill_tokens=wasteful.ledger.prefill_tokens + 40, recomputed_tokens=40,
+        decode_tokens=wasteful.ledger.decode_tokens + 20, rejected_draft_tokens=20,
+    )  # fmt: skip
+    wasteful.ledger = more
+    first, second = (described([item], with_hardware())["sci"] for item in (plain, wasteful))
+    assert first == second
 
 
 def test_without_an_intensity_energy_is_told_and_no_grams_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import deque
 from dataclasses import asdict
@@ -15,7 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 from llmco2_vllm.core.attribution import Attributor
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import EngineTotals
-from llmco2_vllm.telemetry.metrics import JOULE_BUCKETS, METRICS, Identity, Recorder
+from llmco2_vllm.telemetry.metric_table import JOULE_BUCKETS, METRICS
+from llmco2_vllm.telemetry.metrics import Identity, Recorder
+from llmco2_vllm.testing import FakeClock
 from tests.telemetry.books import accounting, with_hardware
 
 WORLD = accounting()
@@ -139,30 +142,42 @@ def test_energy_without_a_known_intensity_is_in_no_grams_and_is_said() -> None:
     labels = {"model_name": "a model", "engine": "0"}
     grams = registry.get_sample_value("llmco2_carbon_grams_total", {**labels, "phase": "decode"})
     assert grams == pytest.approx(2.0), "20 kJ at 0.1 mg/J"
-    assert registry.get_sample_value("llmco2_unpriced_energy_joules_total", labels) == pytest.approx(4e4)
+    unpriced = registry.get_sample_value("llmco2_unpriced_energy_joules_total", {**labels, "energy": "requests"})
+    assert unpriced == pytest.approx(4e4)
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 60), st.floats(0, 1)), min_size=1, max_size=8), st.sampled_from(["line", "busy"])
-)
-def test_embodied_grams_of_busy_and_idle_time_add_up_to_the_time_the_hardware_was_held(
-    spans: list[tuple[float, float]], idle: str
-) -> None:
+@pytest.mark.parametrize("energy", ["requests", "idle", "predicted"])
+def test_energy_of_every_kind_is_in_grams_or_said_to_be_in_none(energy: str) -> None:
     recorder, registry = make()
-    rates = with_hardware(embodied_idle=idle)
-    now, busy = 1.0, 0.0
+    unknown = accounting(intensity=360)._replace(intensity=None)
+    told = snapshot(decode_joules=7.0, metered=metered(decode_joules=5.0, idle_joules=3.0))
+    recorder.engine(told, unknown, 10.0)
+    labels = {"model_name": "a model", "engine": "0", "energy": energy}
+    expected = {"requests": 5.0, "idle": 3.0, "predicted": 7.0}[energy]
+    assert registry.get_sample_value("llmco2_unpriced_energy_joules_total", labels) == expected
+
+
+@given(st.lists(st.tuples(st.floats(0, 60), st.floats(0, 1)), min_size=1, max_size=8), st.floats(-1e9, 1e9))
+def test_embodied_grams_of_busy_and_idle_time_add_up_to_the_time_whatever_the_calendar_says(
+    spans: list[tuple[float, float]], jump: float
+) -> None:
+    clock, registry = FakeClock(100.0), CollectorRegistry()
+    recorder = Recorder(IDENTITY, registry, clock)
+    rates = with_hardware()
+    held, busy = 5.0, 0.0
+    recorder.engine(snapshot(), rates, 1.0 + held)
     for seconds, share in spans:
-        now, busy = now + seconds, busy + seconds * share
-        recorder.engine(snapshot(step_seconds=busy), rates, now)
+        clock.advance(seconds)
+        held, busy = held + seconds, busy + seconds * share
+        recorder.engine(snapshot(step_seconds=busy), rates, 1.0 + held + jump)
     labels = {"model_name": "a model", "engine": "0"}
     states = {
         state: registry.get_sample_value("llmco2_embodied_carbon_grams_total", {**labels, "state": state}) or 0.0
         for state in ("busy", "idle")
     }
     assert rates.hardware is not None
-    assert sum(states.values()) == pytest.approx(rates.hardware.rate_grams_per_second * (now - 1.0), abs=1e-12)
-    if idle == "line":
-        assert states["busy"] == pytest.approx(rates.hardware.rate_grams_per_second * busy, abs=1e-12)
+    assert sum(states.values()) == pytest.approx(rates.hardware.rate_grams_per_second * held, rel=1e-9)
+    assert states["busy"] == pytest.approx(rates.hardware.rate_grams_per_second * busy, rel=1e-9)
 
 
 def test_a_source_that_is_no_longer_in_use_is_shown_as_such() -> None:
@@ -177,6 +192,8 @@ def test_a_source_that_is_no_longer_in_use_is_shown_as_such() -> None:
     }
     assert sorted(shown.values()) == [0.0, 0.0]
     assert registry.get_sample_value("llmco2_grid_intensity_known", {"basis": "location"}) == 0.0
+    last = registry.get_sample_value("llmco2_grid_intensity_grams_per_kwh", {"basis": "location"})
+    assert last is not None and math.isnan(last), "the last known figure is not that of now"
 
 
 def test_each_report_is_counted_once_however_often_it_is_told() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmco2_vllm.assemble import open_accountant
+from llmco2_vllm.config import build_settings
 from llmco2_vllm.telemetry.ledger import KEY
 from llmco2_vllm.vllm_plugin.frontend import CarbonFrontEnd
 from tests.vllm_plugin import harness
@@ -52,6 +55,31 @@ def test_a_finished_request_carries_what_its_steps_cost(
     assert output.carbon["tokens"]["prefill"] == 40
     assert output.carbon["tokens"]["decode"] == 4
     assert dict(output.carbon).keys() == set(output.carbon) and len(output.carbon) == len(dict(output.carbon))
+
+
+def test_a_request_is_annotated_without_a_socket_or_a_file_while_the_intensity_comes_from_the_network(
+    make_engine: MakeEngine, front_end: CarbonFrontEnd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = {"ELECTRICITY_MAPS_API_KEY": "secret"}
+    live = {"provider": "electricity-maps", "zone": "DE", "cache": str(tmp_path / "cache")}
+    front_end.accountant = open_accountant(build_settings(("test", live)), "h100-sxm", 1, key)
+    server = Server(make_engine())
+    server.add(make_core_request("a", 40, max_tokens=5))
+
+    def forbidden(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError(f"the serving path reaches outside: {arguments}")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(socket, "socket", forbidden)
+        patched.setattr(socket, "getaddrinfo", forbidden)
+        patched.setattr("builtins.open", forbidden)
+        patched.setattr(Path, "open", forbidden)
+        [output] = server.run()
+        carbon = dict(output.carbon)
+        text = front_end.describe(output.carbon._ledgers)
+    assert carbon["intensity"]["source"].startswith("static:"), "nobody asked the provider"
+    assert text is not None and carbon["carbon_grams"]["total"] > 0
+    assert not front_end.guard.failures
 
 
 def test_every_output_of_a_stream_shows_the_same_live_figures(

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from pytest import approx
 
-from llmco2_vllm.telemetry.metrics import METRICS
+from llmco2_vllm.telemetry.metric_table import METRICS
 from tests.server.clients import ABORTED, ENERGY, MODEL, REQUESTS, SIX_DIGITS, Clients, Metrics, ask, checked, joules
 
 pytestmark = pytest.mark.server
