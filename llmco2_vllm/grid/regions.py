@@ -1,7 +1,8 @@
 """Cloud regions: the grid zone each stands in and, where its operator publishes one, a PUE.
 
 ``data/grid/regions.csv`` has one row a region; each names its sources, whose years are in ``sources.toml``. A PUE of
-scope ``fleet`` is the operator's average over all its data centers, not that of the region.
+scope ``fleet`` is the operator's average over all its data centers, of scope ``geography`` over those of the Americas,
+EMEA or Asia Pacific; neither is that of the region.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Region:
     """Where a cloud region stands.
 
     zone: as Electricity Maps names it. zone_source, zone_year: who says so, and the document's year.
-    pue: power usage effectiveness, None where nobody publishes one that we could read. pue_scope: ``fleet``.
+    pue: power usage effectiveness, None where nobody publishes one that we could read. pue_scope: ``fleet`` or ``geography``.
     """
 
     provider: str

@@ -73,8 +73,9 @@ def test_a_region_has_a_zone_whose_country_has_an_average(name: str) -> None:
 def test_each_cloud_has_regions_and_a_pue_only_where_a_source_was_read() -> None:
     found = shipped_regions().values()
     assert {one.provider for one in found} == {"aws", "azure", "gcp"}
-    assert {one.provider for one in found if one.pue is None} == {"azure"}
-    assert {one.pue_scope for one in found if one.pue is not None} == {"fleet"}
+    scopes = {(one.provider, one.pue_scope) for one in found if one.pue is not None}
+    assert scopes == {("aws", "fleet"), ("gcp", "fleet"), ("azure", "geography")}
+    assert all(one.pue is not None and one.pue_source for one in found)
 
 
 def test_a_region_is_found_whatever_its_case() -> None:
