@@ -27,7 +27,8 @@ class Region:
     """Where a cloud region stands.
 
     zone: as Electricity Maps names it. zone_source, zone_year: who says so, and the document's year.
-    pue: power usage effectiveness, None where nobody publishes one that we could read. pue_scope: ``fleet`` or ``geography``.
+    pue: power usage effectiveness, None where nobody publishes one that we could read.
+    pue_scope: ``fleet`` or ``geography``.
     """
 
     provider: str
