@@ -26,14 +26,14 @@ from llmco2_vllm.core.units import BYTES_PER_KIBIBYTE, giga, kwh_per_hour_to_wat
 
 # FP32 FLOPs per cycle and core: lanes x 2 (multiply, add) x fused multiply-add ports.
 # AVX-512: 16 x 2 x 2; AVX2 with FMA: 8 x 2 x 2; NEON/ASIMD: 4 x 2 x 2; SSE: 4 x 2, separate add and multiply.
-# Source: Intel 64 and IA-32 Architectures Optimization Reference Manual, microarchitecture chapters;
+# Source: Intel 64 and IA-32 Architectures Optimization Reference Manual (2023), microarchitecture chapters;
 # Xeons with a single AVX-512 port reach half of it.
 _FP32_FLOPS_PER_CYCLE = {"avx512f": 64.0, "avx2": 32.0, "asimd": 16.0, "sse2": 8.0}
 # Reduced precision per cycle and core. AMX: 16 x 16 tile x 64 bytes per 16 cycles, that is 1024 BF16 or
-# 2048 INT8 operations (Intel, "Accelerate AI workloads with Intel AMX"); AVX512_BF16 and VNNI: two and four
+# 2048 INT8 operations (Intel, "Accelerate AI workloads with Intel AMX", 2022); AVX512_BF16 and VNNI: two and four
 # times the FP32 lanes.
 _BF16_FLOPS_PER_CYCLE = {"amx_bf16": 1024.0, "avx512_bf16": 128.0}
-# Without such units every BF16 operand is widened first. Own measurement, one host: linear layers of 576 x 1536
+# Without such units every BF16 operand is widened first. Own measurement, 2026, one host: linear layers of 576 x 1536
 # in PyTorch 2.13 on two Cascade Lake cores, 32 to 512 rows: 12 to 21 GFLOP/s in BF16, 9 to 63 in FP32, of 320.
 _EMULATED_BF16_RATIO = 1 / 16
 _INT8_FLOPS_PER_CYCLE = {"amx_int8": 2048.0, "avx512_vnni": 256.0, "avx_vnni": 128.0}
