@@ -92,6 +92,7 @@ class StepMonitor:
         self._repeats_allowed = 0
         # (busy seconds, predicted joules) at two moments of the recent past, for the pace.
         self._paces = (0.0, 0.0), (0.0, 0.0)
+        self._pace = 0.0, 0.0  # (busy seconds it was found at, pace)
         # What the run's first step computed, and its steps since.
         self._run_shape, self._run_steps = BatchShape(), 0
 
@@ -216,13 +217,17 @@ class StepMonitor:
     @property
     def seconds_per_joule(self) -> float:
         """Busy time per predicted joule of the recent past; 0 until a step has closed."""
+        if self._pace[0] == self._totals.step_seconds:
+            return self._pace[1]  # asked for every request that ends with a step
         totals = self.totals
         still_open = sum(ticket.estimate.energy_joules for ticket in self._tickets)
         now = totals.step_seconds, totals.prefill_joules + totals.decode_joules - still_open
         if now[0] - self._paces[1][0] >= PACE_SECONDS:
             self._paces = self._paces[1], now
         (seconds, joules), _ = self._paces
-        return (now[0] - seconds) / (now[1] - joules) if now[1] > joules and now[0] > seconds else 0.0
+        pace = (now[0] - seconds) / (now[1] - joules) if now[1] > joules and now[0] > seconds else 0.0
+        self._pace = now[0], pace
+        return pace
 
     def finish(self, request_id: str) -> RequestCharge | None:
         """Close a request's ledger; None if there was none. Say how it ended with :meth:`conclude`."""

@@ -145,7 +145,7 @@ class Recorder:
             # Not the last value that was known: that would be taken for one of now.
             values = (math.nan, math.nan, None) if figure is None else (figure.grams_per_kwh, figure.estimated, age)
             for name, value in zip(("grams_per_kwh", "estimated", "age_seconds"), values, strict=True):
-                if value is not None or known is not None:
+                if value is not None or known not in (None, source):
                     gauge = self._metrics[f"llmco2_grid_intensity_{name}"].labels(basis)
                     gauge.set(math.nan if value is None else float(value))
             self._metrics["llmco2_grid_intensity_known"].labels(basis).set(float(figure is not None))

@@ -239,3 +239,10 @@ def test_a_second_engine_in_one_process_goes_on_in_the_same_metrics() -> None:
     first.engine(snapshot(prefill_joules=5.0), WORLD, 10.0)
     Recorder(IDENTITY, registry).engine(snapshot(prefill_joules=2.0), WORLD, 10.0)
     assert energy(registry, "0", "prefill") == 7.0
+
+
+def test_an_intensity_without_a_time_has_no_age() -> None:
+    recorder, registry = make()
+    for _ in range(3):
+        recorder.intensities(accounting("FR", 20.0))
+    assert registry.get_sample_value("llmco2_grid_intensity_age_seconds", {"basis": "location"}) is None
