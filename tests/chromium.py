@@ -16,13 +16,19 @@ VARIABLE = "LLMCO2_CHROMIUM"
 PICTURES = Path(__file__).resolve().parents[1] / "build" / "observability"
 
 
+def executable() -> str:
+    """Path of a Chromium; skips the test without one."""
+    path = os.environ.get(VARIABLE) or shutil.which("chromium")
+    if path is None:
+        pytest.skip(f"no Chromium: neither {VARIABLE} nor a command chromium (apt install chromium)")
+    return path
+
+
 @contextmanager
 def chromium() -> Iterator[Any]:
     """A headless browser of Playwright; skips the test without Playwright or without a Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = os.environ.get(VARIABLE) or shutil.which("chromium")
-    if path is None:
-        pytest.skip(f"no Chromium: neither {VARIABLE} nor a command chromium (apt install chromium)")
+    path = executable()
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         try:

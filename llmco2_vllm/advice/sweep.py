@@ -14,10 +14,10 @@ from llmco2_vllm.advice.steady import Steady, steady
 from llmco2_vllm.advice.workload import Workload
 from llmco2_vllm.advice.zones import ZoneIntensity
 from llmco2_vllm.assemble import predictor_of
-from llmco2_vllm.core.carbon import node_joules, operational_grams
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import DeviceSpec, Topology
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.telemetry.accounting import Node
 from llmco2_vllm.training.traffic import kv_capacity_tokens
 
 TENSOR_PARALLEL = (1, 2, 4, 8)
@@ -98,19 +98,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Site:
-    """What is added to the devices' energy. node_overhead_ratio: host; None when not counted. pue: 1 or more."""
-
-    pue: float = 1.0
-    node_overhead_ratio: float | None = None
-
-    def operational_grams(self, device_joules: float, grams_per_kwh: float) -> float:
-        """Grams CO2e of ``device_joules``."""
-        joules = node_joules(device_joules, self.node_overhead_ratio or 0.0, 0.0)
-        return operational_grams(joules, grams_per_kwh, self.pue)
-
-
-@dataclass(frozen=True)
 class Question:
     """What is asked. token_budget: vLLM's max_num_batched_tokens. predictor: as the setting of that name."""
 
@@ -120,7 +107,7 @@ class Question:
     zones: Sequence[ZoneIntensity]
     slo: Slo = field(default_factory=Slo)
     ownership: Ownership = field(default_factory=Ownership)
-    site: Site = field(default_factory=Site)
+    site: Node = field(default_factory=Node)
     predictor: str = "gnn"
     token_budget: int = 8192
     tensor_parallel: Sequence[int] = TENSOR_PARALLEL

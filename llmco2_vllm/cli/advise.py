@@ -16,7 +16,7 @@ from llmco2_vllm.advice.front import FIGURES, best
 from llmco2_vllm.advice.held import HOLDS, Ownership
 from llmco2_vllm.advice.plot import AXES, PlotError, check_plot, draw
 from llmco2_vllm.advice.slo import Slo
-from llmco2_vllm.advice.sweep import Advice, Question, Row, Site, advise
+from llmco2_vllm.advice.sweep import Advice, Question, Row, advise
 from llmco2_vllm.advice.workload import open_workload
 from llmco2_vllm.advice.zones import ZoneIntensity, zone_intensities
 from llmco2_vllm.assemble import model_config
@@ -25,6 +25,7 @@ from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.core.embodied import LIFETIME_YEARS, MODELS
 from llmco2_vllm.core.hardware import DeviceSpec, device_by_name, device_names
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.telemetry.accounting import Node
 
 
 @click.command()
@@ -84,7 +85,7 @@ def _question(model: Path, workload: str, devices: str, zones: str, **options: A
         ownership=Ownership(
             options["hold"], options["embodied"], options["lifetime_years"], options["host_lifetime_years"]
         ),
-        site=Site(options["pue"], options["node_overhead"]),
+        site=Node.stated(options["pue"], options["node_overhead"], None),
         predictor=options["predictor"],
         token_budget=options["token_budget"],
         tensor_parallel=_sizes(options["sizes"]),
@@ -145,7 +146,7 @@ def document(question: Question, found: Advice, by: str) -> dict[str, Any]:
     """All of an advice, for JSON; what is not known is left out."""
     ownership, site = question.ownership, question.site
     chosen = best(found.rows, by).values()
-    overhead = {} if site.node_overhead_ratio is None else {"node_overhead_ratio": site.node_overhead_ratio}
+    overhead = {} if site.host_ratio is None else {"node_overhead_ratio": site.host_ratio}
     return {
         "schema": "llmco2-advice/1",
         "basis": "predicted",

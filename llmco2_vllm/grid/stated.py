@@ -13,6 +13,8 @@ from typing import Any
 from llmco2_vllm.core.intensity import Intensity, Kind, check_grams
 from llmco2_vllm.grid.zones import WORLD, check_zone, country, shipped_rows
 
+WORLD_SOURCE = "default:world-average"
+
 
 @cache
 def sources() -> Mapping[str, Mapping[str, Any]]:
@@ -87,7 +89,7 @@ class TableProvider:
         self._years, self._grams = _table()[self._zone]
         # Nobody states what the world average counts; all others are Ember's lifecycle figures.
         self._kind = Kind(self._zone, factors=None if self._zone == WORLD else "lifecycle")
-        self._source = "default:world-average" if self._zone == WORLD else "static:{}"
+        self._source = WORLD_SOURCE if self._zone == WORLD else "static:{}"
 
     @property
     def kind(self) -> Kind:

@@ -8,16 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from llmco2_vllm.core.carbon import node_joules, operational_grams
 from llmco2_vllm.core.intensity import Kind, Method, mean_intensity
 from llmco2_vllm.core.units import SECONDS_PER_HOUR
 from llmco2_vllm.grid.chain import Chain
 from llmco2_vllm.grid.choice import GridChoice, open_chain
 from llmco2_vllm.grid.regions import region
 from llmco2_vllm.grid.series import SeriesProvider
-from llmco2_vllm.grid.stated import ConstantProvider
+from llmco2_vllm.grid.stated import WORLD_SOURCE, ConstantProvider
 from llmco2_vllm.grid.zones import check_zone
 from llmco2_vllm.reporting.hours import PARTS, Record, RecordedIntensity, Use
+from llmco2_vllm.telemetry.accounting import Node
 
 _WORLD = (
     "The world's average carbon intensity is used, as no zone is known: grids differ from it by a factor of ten and "
@@ -28,8 +28,6 @@ _WORLD_RECORDED = (
     "For some or all of the time the servers had no intensity but the world's average: grids differ from it by a "
     "factor of ten and more. Say where this ran: --zone, --region, --intensity or --intensity-file."
 )
-# As the shipped table calls it.
-_WORLD_SOURCE = "default:world-average"
 
 
 class HourIntensity(NamedTuple):
@@ -99,20 +97,8 @@ class Pricing:
 
     location: Grid
     market: Grid | None = None
-    pue: float | None = None
-    node_overhead_ratio: float | None = None
-    auxiliary_ratio: float | None = None
+    node: Node = field(default_factory=Node)
     notes: Sequence[str] = field(default=())
-
-    def site_joules(self, device_joules: float) -> float:
-        """Energy of the site for that of its devices: node and PUE."""
-        node = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
-        return node * (1.0 if self.pue is None else self.pue)
-
-    def grams(self, device_joules: float, grams_per_kwh: float) -> float:
-        """Operational grams CO2e of ``device_joules``."""
-        node = node_joules(device_joules, self.node_overhead_ratio or 0.0, self.auxiliary_ratio or 0.0)
-        return operational_grams(node, grams_per_kwh, 1.0 if self.pue is None else self.pue)
 
     def priced(self, uses: Iterable[Use]) -> list[Use]:
         """The same with grams, as far as the intensity of their hour is known."""
@@ -124,16 +110,16 @@ class Pricing:
         market = self.market.at(use.hour) if self.market else None
         energy = use.amounts.get("energy_joules")
         if energy is not None:
-            found |= {"site_joules": self.site_joules(energy), **_tokens(use, "measured_tokens")}
+            found |= {"site_joules": self.node.site_joules(energy), **_tokens(use, "measured_tokens")}
             if market is not None:
-                found["market_grams"] = self.grams(energy, market.grams_per_kwh)
+                found["market_grams"] = self.node.operational_grams(energy, market.grams_per_kwh)
         if location is None:
             return found
         names = {"energy": "location", "predicted": "predicted_location", **{part: part for part in PARTS}}
         for name, gram_name in names.items():
             joules = use.amounts.get(f"{name}_joules")
             if joules is not None:
-                found[f"{gram_name}_grams"] = self.grams(joules, location.grams_per_kwh)
+                found[f"{gram_name}_grams"] = self.node.operational_grams(joules, location.grams_per_kwh)
         if energy is not None:
             found |= {"priced_site_joules": found["site_joules"], **_functional(use, found["location_grams"])}
         return found
@@ -179,7 +165,7 @@ def open_pricing(choice: SiteChoice, record: Record) -> Pricing:
         named = region(choice.region)
         pue = named.pue
         notes = [f"PUE {pue:g} of {choice.region}: {named.pue_source}, {named.pue_scope}."] if pue else []
-    return Pricing(location, market, pue, choice.node_overhead_ratio, choice.auxiliary_ratio, notes)
+    return Pricing(location, market, Node.stated(pue, choice.node_overhead_ratio, choice.auxiliary_ratio), notes)
 
 
 def _location(choice: SiteChoice) -> Grid:
@@ -222,7 +208,7 @@ def _recorded(found: RecordedIntensity, basis: str) -> Grid:
         return None if grams is None else HourIntensity(grams, hour in found.estimated, "recorded by the servers")
 
     origins = f" ({', '.join(found.origins)})" if found.origins else ""
-    caution = _WORLD_RECORDED if any(_WORLD_SOURCE in origin for origin in found.origins) else ""
+    caution = _WORLD_RECORDED if any(WORLD_SOURCE in origin for origin in found.origins) else ""
     return Grid(found.method, basis, f"as the servers recorded it, mean of each hour{origins}", at, caution)
 
 

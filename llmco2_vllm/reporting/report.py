@@ -294,12 +294,12 @@ def _hourly(uses: Sequence[Use], period: Period, pricing: Pricing) -> list[tuple
 
 def _methods(pricing: Pricing) -> list[tuple[str, str]]:
     location, market = pricing.location, pricing.market
-    pue = "not given: 1, the IT load alone" if pricing.pue is None else f"{pricing.pue:g}, once"
+    pue = "not given: 1, the IT load alone" if pricing.node.pue is None else f"{pricing.node.pue:g}, once"
     node, auxiliary = (
         "not counted" if ratio is None else f"{ratio:g} of {whole}, once"
         for ratio, whole in (
-            (pricing.node_overhead_ratio, "the devices' energy"),
-            (pricing.auxiliary_ratio, "the energy of devices and host"),
+            (pricing.node.host_ratio, "the devices' energy"),
+            (pricing.node.auxiliary_ratio, "the energy of devices and host"),
         )
     )
     return [

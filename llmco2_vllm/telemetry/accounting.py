@@ -52,6 +52,21 @@ class Node:
         source = None if pue is None else pue_source or "settings"
         return cls(pue, source, host_ratio, None if host_ratio is None else "settings", auxiliary)
 
+    def site_joules(self, device_joules: float) -> float:
+        """Energy of the site for that of its devices: host, auxiliaries and PUE, each once."""
+        return self._node_joules(device_joules) * self._pue
+
+    def operational_grams(self, device_joules: float, grams_per_kwh: float) -> float:
+        """Grams CO2e of using ``device_joules``; what node and site add is added here and nowhere else."""
+        return operational_grams(self._node_joules(device_joules), grams_per_kwh, self._pue)
+
+    @property
+    def _pue(self) -> float:
+        return 1.0 if self.pue is None else self.pue
+
+    def _node_joules(self, device_joules: float) -> float:
+        return node_joules(device_joules, self.host_ratio or 0.0, self.auxiliary_ratio or 0.0)
+
     def with_host_measured(self, ratio: float | None, source: str) -> Node:
         """The same with the host's energy as measured beside that of the devices, unless the settings state it."""
         if self.host_source == "settings" or ratio is None:
@@ -75,7 +90,7 @@ class Accounting(NamedTuple):
     utilisation_ratio: float | None = None
 
     def operational_grams(self, device_joules: float) -> float | None:
-        """Grams CO2e of using ``device_joules``; what the node and the site add is added here and nowhere else."""
+        """Grams CO2e of using ``device_joules``, location-based; None while no intensity is known."""
         return self._grams(device_joules, self.intensity)
 
     def market_grams(self, device_joules: float) -> float | None:
@@ -90,11 +105,7 @@ class Accounting(NamedTuple):
         return hardware.busy_grams(held_seconds, min(1.0, self.utilisation_ratio or 1.0))
 
     def _grams(self, device_joules: float, intensity: Intensity | None) -> float | None:
-        if intensity is None:
-            return None
-        node = self.node
-        joules = node_joules(device_joules, node.host_ratio or 0.0, node.auxiliary_ratio or 0.0)
-        return operational_grams(joules, intensity.grams_per_kwh, 1.0 if node.pue is None else node.pue)
+        return None if intensity is None else self.node.operational_grams(device_joules, intensity.grams_per_kwh)
 
 
 @dataclass

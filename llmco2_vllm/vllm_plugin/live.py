@@ -65,7 +65,8 @@ def document(
         **{key: status.get(key) for key in ("intensity", "intensity_market", "pue", "pue_source")},
         "requests": None if finished is None else [_request(at, json.loads(text)) for at, text in finished],
     }
-    return _rounded(shown)  # type: ignore[no-any-return]
+    rounded: dict[str, Any] = _rounded(shown)
+    return rounded
 
 
 def _total(engines: Iterable[Engine], field: str) -> Any:
@@ -82,12 +83,14 @@ def _power_watts(engines: Sequence[Engine]) -> float | None:
     """Power of the devices of all engines now, W."""
     if any(not engine.get("meter", {}).get("devices") for engine in engines):
         return None
-    return _total(_devices(engines), "power_watts")  # type: ignore[no-any-return]
+    watts: float | None = _total(_devices(engines), "power_watts")
+    return watts
 
 
 def _idle_watts(metered: Sequence[Engine]) -> float | None:
     """What the devices of awake engines were learned to draw without steps, W."""
-    return _total([engine["idle_power_watts"] for engine in metered], "awake")  # type: ignore[no-any-return]
+    watts: float | None = _total([engine["idle_power_watts"] for engine in metered], "awake")
+    return watts
 
 
 def _embodied(engines: Sequence[Engine], accounting: Accounting, now: float) -> dict[str, float] | None:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from llmco2_vllm.advice.front import FIGURES, best, front
 from llmco2_vllm.advice.held import Ownership
 from llmco2_vllm.advice.slo import Slo
-from llmco2_vllm.advice.sweep import Advice, Configuration, Question, Site, advise
+from llmco2_vllm.advice.sweep import Advice, Configuration, Question, advise
 from llmco2_vllm.advice.zones import ZoneIntensity, zone_intensities, zone_intensity
 from llmco2_vllm.core.embodied import MODELS as EMBODIED
 from llmco2_vllm.core.hardware import device_by_name
+from llmco2_vllm.telemetry.accounting import Node
 from llmco2_vllm.testing import ConstantPredictor
 from tests.advice.asked import CLEAN, COAL, LLAMA_8B, LLAMA_70B, asked, of_length
 
@@ -46,7 +47,7 @@ def test_operational_grams_scale_with_the_intensity(intensity: float, factor: fl
 
 
 def test_pue_and_host_multiply_what_the_devices_draw() -> None:
-    plain, sited = grams_of(100), grams_of(100, site=Site(1.3, 0.2))
+    plain, sited = grams_of(100), grams_of(100, site=Node.stated(1.3, 0.2, None))
     assert sited == pytest.approx([1.3 * 1.2 * grams for grams in plain])
 
 

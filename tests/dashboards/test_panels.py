@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llmco2_vllm.dashboards.panels import Json, heatmap, lines, stat, states, table
+from tests import chromium
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "dev" / "panels"
@@ -121,8 +121,7 @@ Draw = Callable[[Mapping[str, Json], Path], "subprocess.CompletedProcess[str]"]
 def draw(panels: Mapping[str, Json], folder: Path) -> subprocess.CompletedProcess[str]:
     """Draw panels side by side in the dashboard's first row; skips where a browser or the packages are not there."""
     asked = "".join((SOURCES / name).read_text() for name in ("package.json", ".npmrc"))
-    if shutil.which(os.environ.get("LLMCO2_CHROMIUM", "chromium")) is None:
-        pytest.skip("no Chromium: neither LLMCO2_CHROMIUM nor a command chromium (apt install chromium)")
+    chromium.executable()
     if not INSTALLED.is_file() or INSTALLED.read_text() != asked:
         pytest.skip("Grafana's UI library is not installed: make panels")
     for place, (name, panel) in enumerate(panels.items()):

@@ -138,6 +138,7 @@ ELSEWHERE = {
     "telemetry.annotation._without_default": "prints the schema",
     "telemetry.annotation.json_schema": "prints the schema",
     "telemetry.metrics._WithoutBirth._child_samples": "during a scrape, in the library's hands (tests/dashboards)",
+    "telemetry.accounting.Node.site_joules": "for reports",
     "telemetry.requests.RequestLog.__len__": "for tests",
     "telemetry.requests.RequestLog.close": "for tests",
     "telemetry.annotation.Annotation.document": "read by the caller of LLM",
