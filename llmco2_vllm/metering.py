@@ -29,6 +29,8 @@ LOOKS = 64
 WINDOWS_AT_ONCE = 16
 # Reports a snapshot tells of: five minutes.
 REPORTS_TOLD = 64
+# The recent coverage is that of the last one to two times so long.
+COVERAGE_SECONDS = 60.0
 
 
 class Listener(Protocol):
@@ -91,6 +93,8 @@ class Metering:
         self._looks = 0
         self._settling = False
         self._busy = self._asleep = False
+        # (moment, measured joules, estimated joules) at two moments of the recent past, for the coverage.
+        self._covered = ((clock(), 0.0, 0.0),) * 2
 
     def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
         """A step was scheduled, and these requests were charged in it outside the running sums."""
@@ -99,9 +103,18 @@ class Metering:
         self.attributor.opened(step)
         return step
 
+    def repeated(self, step: Step, now_seconds: float) -> bool:
+        """A further execution of the last step is scheduled; False where it must be a step of its own."""
+        # Not behind a turn of the journal: whoever has joined or left since would pay for the wrong executions.
+        return not step.sealed and self.journal[-1] is step and self.attributor.repeated(step, now_seconds)
+
     def closed(self, step: Step, begin_seconds: float, end_seconds: float) -> None:
-        """Its output is back."""
+        """The output of its first open execution is back."""
         self.attributor.closed(step, begin_seconds, end_seconds)
+
+    def lost(self, step: Step) -> None:
+        """No output will come for its first open execution."""
+        self.attributor.lost(step, self._clock())
 
     def tend(self) -> None:
         """Go on with the windows that have come, or else with settling: a bounded part of it behind every step."""
@@ -170,6 +183,16 @@ class Metering:
         rest = totals.idle_joules + totals.sleeping_joules + totals.unattributed_joules
         return totals.metered_joules - requests - rest
 
+    def _coverage_ratio(self) -> float | None:
+        """Share of the energy of recently settled steps that windows cover, 0 to 1; None while none was settled."""
+        settled = self.settlement
+        now = self._clock(), settled.prefill_joules + settled.decode_joules, settled.estimated_joules
+        if now[0] - self._covered[1][0] >= COVERAGE_SECONDS:
+            self._covered = self._covered[1], now
+        _, measured, estimated = self._covered[0]
+        measured, estimated = now[1] - measured, now[2] - estimated
+        return measured / (measured + estimated) if measured + estimated > 0.0 else None
+
     def state(self) -> dict[str, Any]:
         """Cumulative joules, learned idle power and the comparison with predictions; plain JSON values."""
         totals, settled, comparison = self.attributor.totals, self.settlement, self.comparison
@@ -191,6 +214,7 @@ class Metering:
             "doubtful_windows": totals.doubtful_windows,
             "unmetered_windows": totals.unmetered_windows,
             "recent_ratio": self.attributor.recent_ratio,
+            "coverage_ratio": self._coverage_ratio(),
             "idle_power_watts": {
                 activity.value: self.attributor.idle_power_watts(activity)
                 for activity in (Activity.AWAKE, Activity.SLEEPING)

@@ -93,8 +93,9 @@ class StepMonitor:
         # (busy seconds, predicted joules) at two moments of the recent past, for the pace.
         self._paces = (0.0, 0.0), (0.0, 0.0)
         self._pace = 0.0, 0.0  # (busy seconds it was found at, pace)
-        # What the run's first step computed, and its steps since.
+        # What the run's first step computed, its steps since, and the meter's last one of them.
         self._run_shape, self._run_steps = BatchShape(), 0
+        self._run_step: Step | None = None
 
     def _new_book(self) -> LedgerBook:
         return LedgerBook(None if self.metering is None else self.metering.journal)
@@ -116,17 +117,17 @@ class StepMonitor:
         book = self.book
         shape = book.shape(slices, encoder_tokens)
         estimate = self.predictor.estimate(shape)
-        step = None
+        now, step = self._clock(), None
         if self.metering is None:
             for part in slices:
                 part.pay(estimate)
         else:
             paid = [_paid(part, estimate) for part in slices]
-            step = self.metering.opened(Step(self._clock(), estimate, shape), paid)
+            step = self.metering.opened(Step(now, estimate, shape), paid)
         book.advance(estimate)
         self._priced, self._repeats_allowed = None, 0
         self._add(shape, estimate)
-        return self._open(key, estimate, step)
+        return self._open(key, now, estimate, step)
 
     def begin_steady(self, key: object) -> Ticket:
         """As :meth:`begin` for a step of decoding requests alone, the same as in the step before.
@@ -140,14 +141,17 @@ class StepMonitor:
             estimate = self._price_run()
         self._repeats += 1
         if self.metering is None:
-            return self._open(key, estimate)
-        step = Step(self._clock(), estimate, self._run_shape, self._run_steps)
+            return self._open(key, self._clock(), estimate)
+        now, step = self._clock(), self._run_step
+        if step is None or not self.metering.repeated(step, now):
+            step = Step(now, estimate, self._run_shape, self._run_steps)
+            self._run_step = self.metering.opened(step)
         self._run_steps += 1
-        return self._open(key, estimate, self.metering.opened(step))
+        return self._open(key, now, estimate, step)
 
     def _price_run(self) -> Estimate:
         self._run_shape = shape = self.book.shape([])
-        self._run_steps = 0
+        self._run_steps, self._run_step = 0, None
         self._priced = estimate = self.predictor.estimate(shape)
         tokens, pairs = shape.decode.tokens, shape.decode.pairs
         self._repeats_allowed = max(REPRICE_STEPS, int(REPRICE_RATIO * pairs / max(tokens, 1)))
@@ -178,8 +182,8 @@ class StepMonitor:
         totals.decode_tokens += shape.decode.tokens
         totals.predicted_seconds += estimate.duration_seconds
 
-    def _open(self, key: object, estimate: Estimate, step: Step | None = None) -> Ticket:
-        ticket = Ticket(key, self._clock() if step is None else step.scheduled_seconds, estimate, step)
+    def _open(self, key: object, now_seconds: float, estimate: Estimate, step: Step | None = None) -> Ticket:
+        ticket = Ticket(key, now_seconds, estimate, step)
         self._tickets.append(ticket)
         return ticket
 
@@ -203,15 +207,16 @@ class StepMonitor:
 
     def _search(self, key: object, first: Ticket | None) -> Ticket | None:
         """The ticket of ``key`` behind ``first``, which was taken from the queue; what is before it is lost."""
-        tickets = self._tickets
+        tickets, totals = self._tickets, self._totals
+        if first is not None:
+            tickets.appendleft(first)
         if all(ticket.key is not key for ticket in tickets):
-            if first is not None:
-                tickets.appendleft(first)
-            self._totals.lost_tickets += 1
+            totals.lost_tickets += 1
             return None
-        self._totals.lost_tickets += 1
         while (ticket := tickets.popleft()).key is not key:
-            self._totals.lost_tickets += 1
+            totals.lost_tickets += 1
+            if self.metering is not None and ticket.step is not None:
+                self.metering.lost(ticket.step)
         return ticket
 
     @property

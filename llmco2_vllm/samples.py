@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,20 +111,23 @@ class SampleFeed:
             temperature_celsius=vitals.get("temperature_celsius"),
             doubt=doubt,
             feature_version=FEATURES_VERSION,
-            steps=np.array([_row(part, origin.topology) for part in account.parts]).reshape(-1, len(STEP_COLUMNS)),
+            steps=np.array([row for part in account.parts for row in _rows(part, origin.topology)]).reshape(
+                -1, len(STEP_COLUMNS)
+            ),
             **vars(origin),
         )
 
 
-def _row(part: StepShare, topology: Topology) -> list[float]:
-    """A step in the order of ``STEP_COLUMNS``; the prediction is that of one device, as the energy is."""
+def _rows(part: StepShare, topology: Topology) -> Iterator[list[float]]:
+    """A step in the order of ``STEP_COLUMNS``, each execution; the prediction is that of one device, as the energy is."""
     step, share = part
-    predicted = step.predicted_joules / topology.engine_devices
-    return [
-        min(share, 1.0),
-        step.end_seconds - step.begin_seconds,
-        predicted,
-        *step.shape.prefill,
-        *step.shape.decode,
-        step.shape.encoder_tokens,
-    ]
+    for execution in range(step.executions):
+        shape = step.shape(execution)
+        yield [
+            min(share, 1.0),
+            step.busy_seconds / step.executions,
+            step.joules(execution) / topology.engine_devices,
+            *shape.prefill,
+            *shape.decode,
+            shape.encoder_tokens,
+        ]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmco2_vllm import metering as metering_module
+from llmco2_vllm.core import attribution
 from llmco2_vllm.core.attribution import Activity, Attributor, WindowAccount
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.metering import Doubt, MeterWindow
@@ -24,13 +25,19 @@ IDLE_WATTS = 50.0
 
 
 class NotingMetering(Metering):
-    """Keeps every step, for the slow path."""
+    """Keeps the step of every execution, for the slow path."""
 
     steps: list[Step]
 
     def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
         self.steps.append(step)
         return super().opened(step, paid)
+
+    def repeated(self, step: Step, now_seconds: float) -> bool:
+        taken = super().repeated(step, now_seconds)
+        if taken:
+            self.steps.append(step)
+        return taken
 
 
 @dataclass
@@ -142,6 +149,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("join"), st.integers(1, 40)),
     st.tuples(st.just("schedule"), st.integers(1, 16)),
     st.tuples(st.just("output"), st.just(0)),
+    st.tuples(st.just("decode"), st.integers(1, 20)),
     st.tuples(st.just("pause"), st.integers(1, 300)),
     st.tuples(st.just("edge"), st.tuples(st.integers(0, 1), st.floats(0, 900))),
     st.tuples(st.just("preempt"), st.integers(0, 5)),
@@ -163,6 +171,11 @@ def run(actions: list[tuple[str, object]], devices: int, patient: bool = False, 
                 engine.schedule(chunk)
             case "output", _:
                 engine.output()
+            case "decode", int(steps) if len(engine.in_flight) < 2:
+                for _ in range(steps):
+                    engine.schedule(1)
+                    engine.clock.advance(0.004)
+                    engine.output()
             case "pause", int(milliseconds):
                 engine.clock.advance(milliseconds / 1e3)
             case "edge", (int(device), float(watts)):
@@ -221,19 +234,54 @@ def test_figures_do_not_depend_on_how_often_windows_are_looked_for(
 ) -> None:
     # Short of the time after which steps are left to prediction; and a step without length may lie on an edge.
     brief = [(name, value % 60 if isinstance(value, int) and name == "pause" else value) for name, value in actions]
-    eager, patient = (run(brief, devices, patient, 0.001) for patient in (False, True))
+    with pytest.MonkeyPatch.context() as patch:
+        # A step of several executions ends where a window is looked for.
+        patch.setattr(attribution, "LONGEST_STEP_SECONDS", 0.0)
+        eager, patient = (run(brief, devices, patient, 0.001) for patient in (False, True))
     for one, other in zip(eager.charges, patient.charges, strict=True):
         assert one.account is not None and other.account is not None
         assert one.account.measured_joules == pytest.approx(other.account.measured_joules, rel=1e-9, abs=1e-9)
         assert one.account.covered_steps == pytest.approx(other.account.covered_steps)
 
 
+def decode_under_load(longest_step_seconds: float) -> Engine:
+    """Requests come and go over two seconds of short steps and pauses of 1 ms, at two powers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attribution, "LONGEST_STEP_SECONDS", longest_step_seconds)
+        engine = Engine()
+        for number in range(400):
+            if number % 70 == 0:
+                engine.join(30)
+            if number % 90 == 89:
+                engine.leave(engine.running()[0], aborted=False)
+            engine.schedule(8)
+            engine.clock.advance(0.003 + 0.001 * (number % 3))
+            engine.output()
+            engine.clock.advance(0.001)
+            if number % 20 == 19:
+                engine.edge(0, 300.0 + 100.0 * (number > 200))
+        engine.finish()
+    return engine
+
+
+def test_short_executions_of_one_batch_are_one_step_to_the_meter_and_cost_their_requests_the_same() -> None:
+    single, together = decode_under_load(0.0), decode_under_load(0.02)
+    steps = {id(step): step for step in together.metering.steps}.values()
+    assert len(single.metering.steps) == len(together.metering.steps) == sum(step.executions for step in steps)
+    assert len(steps) < len(single.metering.steps) / 2 and max(step.executions for step in steps) <= 5
+    for one, other in zip(single.charges, together.charges, strict=True):
+        assert one.account is not None and other.account is not None
+        assert one.account.steps == other.account.steps
+        assert one.account.measured_joules == pytest.approx(other.account.measured_joules, rel=0.005)
+    assert_conserved(together.metering)
+
+
 def test_a_window_over_many_steps_is_split_behind_several_of_them_and_no_joule_moves_before_it_is() -> None:
     engine = Engine()
     engine.join(4)
-    for _ in range(500):
+    for _ in range(200):
         engine.schedule(8)
-        engine.clock.advance(0.001)
+        engine.clock.advance(0.021)
         engine.output()
     engine.edge(0, 300.0)
     metering, tends = engine.metering, 1
@@ -241,8 +289,8 @@ def test_a_window_over_many_steps_is_split_behind_several_of_them_and_no_joule_m
         assert metering.attributor.totals.metered_joules == metering.attributor.unsettled_joules == 0.0
         metering.tend()
         tends += 1
-    assert tends >= 500 / metering_module.SPLIT_AT_ONCE / 2 and len(engine.accounts[0].parts) == 500
-    assert metering.attributor.unsettled_joules == pytest.approx(150)
+    assert tends >= 200 / metering_module.SPLIT_AT_ONCE / 2 and len(engine.accounts[0].parts) == 200
+    assert metering.attributor.unsettled_joules == pytest.approx(300 * 4.2)
     assert_conserved(metering)
 
 

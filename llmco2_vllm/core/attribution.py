@@ -39,6 +39,9 @@ SPLIT_DEVIATION = 0.05
 # A step may be this much slower or faster than predicted, against those around it; beyond, its time is not believed.
 LARGEST_PACE_CHANGE = 4.0
 PACE_MEMORY_STEPS = 200
+# Executions in steady decode are one step to a meter up to here: no counter has edges nearer to each other (METERING
+# section 1), and what a step costs the scheduler's thread is shared by short ones.
+LONGEST_STEP_SECONDS = 0.02
 
 
 class Activity(StrEnum):
@@ -186,28 +189,39 @@ class Attributor:
         self._steps.append(step)
         self._open.append(step)
 
+    def repeated(self, step: Step, now_seconds: float) -> bool:
+        """A further execution of the last step is scheduled; False where it must be a step of its own."""
+        if step.sealed or now_seconds - step.scheduled_seconds >= LONGEST_STEP_SECONDS:
+            return False
+        if not step.open_executions:
+            self._open.append(step)
+        step.repeat()
+        return True
+
     def closed(self, step: Step, begin_seconds: float, end_seconds: float) -> None:
-        """Its output is back: it occupied ``[begin, end)``. Steps scheduled before it and still open were lost."""
-        while self._open:
-            first = self._open.popleft()
-            if first is step:
-                break
-            first.lose(begin_seconds)
-        step.begin_seconds, step.end_seconds = begin_seconds, end_seconds
-        if end_seconds > self._last_closed:
-            self._last_closed = end_seconds
-        predicted = step.estimate.duration_seconds
+        """The output of the first open execution of all is back; it is one of this step."""
+        predicted, relative = step.estimate.duration_seconds, 1.0
         if end_seconds > begin_seconds and predicted > 0.0:
             pace = (end_seconds - begin_seconds) / predicted
             self._pace = self._pace or pace
             relative = min(max(pace / self._pace, 1.0 / LARGEST_PACE_CHANGE), LARGEST_PACE_CHANGE)
             self._pace *= relative ** (1.0 / PACE_MEMORY_STEPS)
-            step.pace_ratio = relative
+        step.close(begin_seconds, end_seconds, relative)
+        if not step.open_executions:
+            self._open.popleft()
+        if end_seconds > self._last_closed:
+            self._last_closed = end_seconds
+
+    def lost(self, step: Step, now_seconds: float) -> None:
+        """No output will come for the first open execution of all; it is one of this step."""
+        step.lose(now_seconds, 1)
+        if not step.open_executions:
+            self._open.popleft()
 
     def forget_open(self, now_seconds: float) -> None:
         """No output will come for the steps that are open."""
         for step in self._open:
-            step.lose(now_seconds)
+            step.lose(now_seconds, step.open_executions)
         self._open.clear()
 
     def switched(self, activity: Activity, now_seconds: float) -> None:
@@ -249,8 +263,11 @@ class Attributor:
         return found
 
     def _next(self) -> Inside | None:
-        # An open step cannot begin before the last one that closed has ended.
-        waits = max(self._open[0].scheduled_seconds, self._last_closed) if self._open else math.inf
+        waits = math.inf
+        if self._open:
+            # An open step cannot begin before the last one that closed has ended.
+            step = self._open[0]
+            waits = step.begin_seconds if step.begun else max(step.scheduled_seconds, self._last_closed)
         for queue in self._windows:
             if queue and queue[0].end_seconds <= waits:
                 return Inside(self._without_given_up(queue.popleft()), self._steps)
@@ -269,6 +286,7 @@ class Attributor:
             if step.end_seconds > reached or step.begin_seconds == reached:  # without length, it lies behind the edge
                 break
             self._steps.popleft()
+            step.sealed = True
             step.weigh()
             self._last_end = max(self._last_end, step.end_seconds)
             found.append(step)

@@ -79,16 +79,19 @@ class _Running:
     def add(self, step: Step, ratios: Quantities) -> None:
         """One more step, paid by the requests in steady decode at its predicted rates times ``ratios``."""
         per_token, per_pair, per_sample = step.estimate.decode
-        fixed, ramp, joules = per_token + per_sample, per_pair * (self.steps + 1), self._joules
+        count, joules = step.executions, self._joules
+        fixed, slope = count * (per_token + per_sample), count * per_pair
+        # As in LedgerBook.advance.
+        ramp = per_pair * (count * self.steps + count * (count + 1) // 2)
         place = 0
         for ratio in ratios:
             if ratio:
                 joules[place] += ratio * fixed
-                joules[place + 1] += ratio * per_pair
+                joules[place + 1] += ratio * slope
                 joules[place + 2] += ratio * ramp
             place += 3
-        self.steps += 1
-        self.covered += step.covered_ratio
+        self.steps += count
+        self.covered += count * step.covered_ratio
         self._moment = None
 
 

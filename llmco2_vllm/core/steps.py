@@ -28,53 +28,103 @@ class Split:
 class Step:
     """One step of the schedule, open until its output is back; then what the meters said of it.
 
+    In steady decode it may stand for several executions that follow each other, as ``repeat`` adds them: a meter sees
+    them as one, and so does every request in them. executions: how many; open_executions: whose output is not back.
+    sealed: no further one may be added. busy_seconds: of those whose output is back, which begin at ``begin_seconds``
+    and end at ``end_seconds``, infinite while one is open.
     predicted_joules: of all devices, at the rates of ``estimate``, which in steady decode may be that of an earlier
     step (docs/adr/0002), ``later`` steps ago. paid: what single requests were charged in it, for settlement.
     measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
     half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1. All three by ``weigh``.
-    pace_ratio: its duration over the predicted one, against the recent past.
+    pace_ratio: its duration over the predicted one, against the recent past; the mean of its executions.
     splits: of the windows it lies in, with the share of it that does.
     """
 
     __slots__ = (
+        "_closed",
+        "_growth_joules",
+        "_last_seconds",
         "_later",
+        "_next_joules",
         "_shape",
         "begin_seconds",
+        "busy_seconds",
         "covered_ratio",
         "end_seconds",
         "estimate",
+        "executions",
         "half_width_ratio",
         "lost",
         "measured_ratio",
+        "open_executions",
         "pace_ratio",
         "paid",
         "predicted_joules",
         "prefill_joules",
         "scheduled_seconds",
+        "sealed",
         "splits",
     )
 
     def __init__(self, scheduled_seconds: float, estimate: Estimate, shape: BatchShape, later: int = 0) -> None:
         self.scheduled_seconds = self.begin_seconds = scheduled_seconds
         self.end_seconds = math.inf
+        self.busy_seconds = 0.0
+        self.executions = self.open_executions = 1
+        self._closed, self._last_seconds = 0, scheduled_seconds
         self.estimate = estimate
         self._shape, self._later = shape, later
         # Written out: this is behind every scheduler step.
         prefill, (_, tokens, pairs, _, samples), _ = shape
         per_token, per_pair, per_sample = estimate.decode
-        decode_joules = tokens * per_token + (pairs + later * tokens) * per_pair + samples * per_sample
+        self._growth_joules = growth = tokens * per_pair
+        decode_joules = tokens * per_token + pairs * per_pair + samples * per_sample + later * growth
+        self._next_joules = decode_joules + growth
         self.prefill_joules = estimate.prefill.joules(prefill) if prefill[1] else 0.0
         self.predicted_joules = self.prefill_joules + decode_joules
         self.paid: Sequence[object] = ()
         self.splits: tuple[tuple[Split, float], ...] = ()
         self.measured_ratio = self.half_width_ratio = self.covered_ratio = 0.0
         self.pace_ratio = 1.0
-        self.lost = False
+        self.lost = self.sealed = False
 
-    def lose(self, now_seconds: float) -> None:
-        """No output came: when it ran, if it did, is not known, so no window pays for it."""
-        self.begin_seconds = self.end_seconds = now_seconds
-        self.lost = True
+    def repeat(self) -> None:
+        """The same requests decode one token more each."""
+        self.executions += 1
+        self.open_executions += 1
+        self.end_seconds = math.inf
+        self.predicted_joules += self._next_joules
+        self._next_joules += self._growth_joules
+
+    def close(self, begin_seconds: float, end_seconds: float, pace_ratio: float) -> None:
+        """The output of its first open execution is back: that one occupied ``[begin, end)``."""
+        if not self._closed:
+            self.begin_seconds = begin_seconds
+        self._closed += 1
+        self._last_seconds = end_seconds
+        self.busy_seconds += end_seconds - begin_seconds
+        self.pace_ratio += (pace_ratio - self.pace_ratio) / self._closed
+        self.open_executions -= 1
+        if not self.open_executions:
+            self.end_seconds = end_seconds
+
+    @property
+    def begun(self) -> bool:
+        """Whether it is known when its first execution began."""
+        return self._closed > 0
+
+    def lose(self, now_seconds: float, executions: int) -> None:
+        """No output will come for so many of those that are open.
+
+        They are paid with the others; where there is none, when it ran is not known, so no window pays for it.
+        """
+        self.sealed = True
+        self.open_executions -= executions
+        if not self.open_executions:
+            self.end_seconds = self._last_seconds
+            if not self._closed:
+                self.begin_seconds = self.end_seconds = now_seconds
+                self.lost = True
 
     def weigh(self) -> None:
         """Add up what the windows said so far."""
@@ -87,13 +137,16 @@ class Step:
             covered += split.covered_ratio * share
         self.measured_ratio, self.half_width_ratio, self.covered_ratio = measured, half_width, covered
 
-    @property
-    def shape(self) -> BatchShape:
-        """What the step computes: in steady decode that of a step before, with one token of context more for each."""
+    def shape(self, execution: int = 0) -> BatchShape:
+        """What an execution computes: in steady decode that of one before, with one token of context more for each."""
         prefill, decode, encoder_tokens = self._shape
-        more = self._later * decode.tokens
+        more = (self._later + execution) * decode.tokens
         longer = decode._replace(pairs=decode.pairs + more, kv_tokens=decode.kv_tokens + more)
         return BatchShape(prefill, longer, encoder_tokens)
+
+    def joules(self, execution: int = 0) -> float:
+        """Predicted joules of an execution."""
+        return self._next_joules - (self.executions - execution) * self._growth_joules + self.prefill_joules
 
     def share_in(self, begin_seconds: float, end_seconds: float) -> float:
         """Share of the step's time in ``[begin, end)``; a step without length lies where it begins."""
@@ -148,13 +201,14 @@ class Inside:
             first, last = step.begin_seconds, step.end_seconds
             if first >= end:
                 return True
+            step.sealed = True  # it is split now
             if begin <= first < last <= end:
                 share = 1.0
             elif step.lost or not (share := step.share_in(begin, end)):
                 continue
             joules = share * step.predicted_joules
             self.parts.append(StepShare(step, share))
-            self.busy_seconds += share * (last - first)
+            self.busy_seconds += share * step.busy_seconds
             self.predicted_joules += joules
             self.prefill_joules += share * step.prefill_joules
             self.paced_joules += joules * step.pace_ratio
