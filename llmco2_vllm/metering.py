@@ -17,12 +17,12 @@ from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
 from llmco2_vllm.core.steps import Step
 
-# Steps that are settled behind one scheduler step; more arrive per window than this times the steps in it only while
-# nobody waits for them. Fewer at once would be dearer: most of it is fetching cold memory.
-STEPS_AT_ONCE = 8
+# What is settled behind one scheduler step, in steps and in requests charged by themselves. Fewer at once would be dearer:
+# most of it is fetching cold memory.
+SETTLED_AT_ONCE = 24
 # Steps over which windows are split behind one scheduler step: a window holds hundreds. Each device has windows of its
 # own, and with this much for each they are split in less than half the time in which the next ones come.
-SPLIT_AT_ONCE, SPLIT_PER_DEVICE = 20, 4
+SPLIT_AT_ONCE, SPLIT_PER_DEVICE = 16, 4
 # Scheduler steps between looks without a window.
 LOOKS = 64
 # Windows that are taken behind one scheduler step; after an hour without one there are thousands.
@@ -89,9 +89,11 @@ class Metering:
         self._source = source
         self._listener = listener or Deaf()
         self._clock = clock
+        # The output of a step's first open execution is back. Behind every scheduler step, hence not by way of us.
+        self.closed = attributor.closed
         self._split_at_once = SPLIT_AT_ONCE + SPLIT_PER_DEVICE * attributor.devices
         self._looks = 0
-        self._settling = False
+        self._under_way = False
         self._busy = self._asleep = False
         # (moment, measured joules, estimated joules) at two moments of the recent past, for the coverage.
         self._covered = ((clock(), 0.0, 0.0),) * 2
@@ -108,25 +110,23 @@ class Metering:
         # Not behind a turn of the journal: whoever has joined or left since would pay for the wrong executions.
         return not step.sealed and self.journal[-1] is step and self.attributor.repeated(step, now_seconds)
 
-    def closed(self, step: Step, begin_seconds: float, end_seconds: float) -> None:
-        """The output of its first open execution is back."""
-        self.attributor.closed(step, begin_seconds, end_seconds)
-
     def lost(self, step: Step) -> None:
         """No output will come for its first open execution."""
         self.attributor.lost(step, self._clock())
 
     def tend(self) -> None:
         """Go on with the windows that have come, or else with settling: a bounded part of it behind every step."""
+        self._looks -= 1
         if self._source:
             self._take(WINDOWS_AT_ONCE)
-        self._looks -= 1
+        elif not self._under_way and self._looks > 0:
+            return
+        # Also without a window, now and then: its meter may have fallen silent.
+        self._looks = LOOKS
         if self.attributor.waiting and self._split(self._split_at_once):
-            self._settling = True
-        elif self._settling or self._looks <= 0:
-            # Also without a window, now and then: its meter may have fallen silent.
-            self._looks = LOOKS
-            self._settling = self._settle(STEPS_AT_ONCE) == STEPS_AT_ONCE
+            self._under_way = True
+        else:
+            self._under_way = self._settle(SETTLED_AT_ONCE) > 0 or self.attributor.waiting
 
     def tend_all(self) -> None:
         """The same without haste, where no step waits."""

@@ -21,6 +21,9 @@ class Sampler:
     def __init__(self, devices: int) -> None:
         self.windows: deque[Any] = deque()
         self.devices, self.stopped = devices, False
+        self.fault: str | None = None
+
+    name = "open"
 
     def state(self) -> dict[str, Any]:
         return {"devices": [{"scope": "gpu"}] * self.devices}
@@ -35,25 +38,26 @@ def assembled(patch: pytest.MonkeyPatch, name: str, devices: int, topology: Topo
     patch.setattr(assemble, "open_meter", lambda *_: Discovery(sampler, name, None))  # type: ignore[arg-type]
     deployment = Deployment(MODEL, "NVIDIA H100 80GB HBM3", "bfloat16", topology=topology, **more)
     meter = assemble.assemble(Settings(node_overhead=0.1), deployment)
-    assert sampler.stopped is (meter.meter == "none")
+    assert sampler.stopped is (meter.found.now()[0] == "none")
     return meter
 
 
 def test_a_meter_of_all_devices_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = assembled(monkeypatch, "nvml", 4, Topology(4), meter_devices=(0, 1, 2, 3))
-    assert meter.meter == "nvml" and meter.monitor.metering is not None and "meter" in meter.states
+    assert meter.found.now() == ("nvml", "") and meter.monitor.metering is not None and "meter" in meter.states
 
 
 def test_an_engine_over_two_hosts_is_not_measured_by_the_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     meter = assembled(monkeypatch, "nvml", 8, Topology(16), meter_devices=tuple(range(8)))
-    assert (meter.meter, meter.monitor.metering) == ("none", None)
-    assert meter.meter_reason == "nvml: 8 of this engine's 16 devices are on this host"
+    assert meter.monitor.metering is None
+    assert meter.found.now() == ("none", "nvml: 8 of this engine's 16 devices are on this host")
 
 
 def test_the_hosts_counter_is_not_given_to_one_of_several_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert assembled(monkeypatch, "rapl", 1, Topology()).meter == "rapl"
+    assert assembled(monkeypatch, "rapl", 1, Topology()).found.now() == ("rapl", "")
     meter = assembled(monkeypatch, "rapl", 1, Topology(data_parallel=2))
-    assert meter.meter == "none" and "several engines" in meter.meter_reason
+    name, reason = meter.found.now()
+    assert name == "none" and "several engines" in reason
 
 
 def test_a_host_meter_beside_the_devices_is_shown_unless_its_share_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ BATCH = BatchShape(PhaseShape(1, 100, 5050, 100, 1), PhaseShape(8, 8, 8000, 8000
 
 def account(begin: float, joules: float | None, doubt: Doubt = Doubt.NONE, trusted: bool = True) -> WindowAccount:
     step = Step(begin, ConstantPredictor().estimate(BATCH), BATCH)
-    step.close(begin, begin + 0.1, 1.0)
+    step.close(begin, begin + 0.1)
     parts = (StepShare(step, 0.5),)
     window = MeterWindow(0, begin, begin + 0.2, joules, 0.3, doubt)
     predicted = step.predicted_joules / 4

@@ -20,7 +20,7 @@ from enum import StrEnum
 
 from llmco2_vllm.core.metering import Doubt, MeterWindow
 from llmco2_vllm.core.scores import NORMAL_90
-from llmco2_vllm.core.steps import Inside, Step, StepShare
+from llmco2_vllm.core.steps import Inside, Pace, Step, StepShare
 
 # A window's ratio is bounded at this factor from the recent one (start value of METERING).
 LARGEST_RATIO_CHANGE = 3.0
@@ -36,9 +36,6 @@ LONGEST_WAIT_SECONDS = 5.0
 # over its steps (benchmarks/attribution.py).
 GAIN_DEVIATION = 0.03
 SPLIT_DEVIATION = 0.05
-# A step may be this much slower or faster than predicted, against those around it; beyond, its time is not believed.
-LARGEST_PACE_CHANGE = 4.0
-PACE_MEMORY_STEPS = 200
 # Executions in steady decode are one step to a meter up to here: no counter has edges nearer to each other (METERING
 # section 1), and what a step costs the scheduler's thread is shared by short ones.
 LONGEST_STEP_SECONDS = 0.02
@@ -153,7 +150,7 @@ class Attributor:
         self._last_end = self._last_closed = self._given_up = -math.inf
         self._steps: deque[Step] = deque()
         self._open: deque[Step] = deque()
-        self._pace = 0.0  # of the recent past: duration over predicted duration, 0 before any
+        self._pace = Pace()
         self._activity = Activity.AWAKE
         self._changes: list[tuple[float, Activity]] = []
 
@@ -200,13 +197,7 @@ class Attributor:
 
     def closed(self, step: Step, begin_seconds: float, end_seconds: float) -> None:
         """The output of the first open execution of all is back; it is one of this step."""
-        predicted, relative = step.estimate.duration_seconds, 1.0
-        if end_seconds > begin_seconds and predicted > 0.0:
-            pace = (end_seconds - begin_seconds) / predicted
-            self._pace = self._pace or pace
-            relative = min(max(pace / self._pace, 1.0 / LARGEST_PACE_CHANGE), LARGEST_PACE_CHANGE)
-            self._pace *= relative ** (1.0 / PACE_MEMORY_STEPS)
-        step.close(begin_seconds, end_seconds, relative)
+        step.close(begin_seconds, end_seconds)
         if not step.open_executions:
             self._open.popleft()
         if end_seconds > self._last_closed:
@@ -270,24 +261,29 @@ class Attributor:
             waits = step.begin_seconds if step.begun else max(step.scheduled_seconds, self._last_closed)
         for queue in self._windows:
             if queue and queue[0].end_seconds <= waits:
-                return Inside(self._without_given_up(queue.popleft()), self._steps)
+                return Inside(self._without_given_up(queue.popleft()), self._steps, self._pace)
         return None
 
     def settled(self, now_seconds: float, most: int = ALL) -> list[Step]:
-        """At most so many steps no further window can touch, in order; what no window covers is left to prediction."""
+        """Steps no further window can touch, in order; what no window covers is left to prediction.
+
+        Enough of them to charge ``most`` requests by themselves, counting a step as one; but two, or there would be more
+        and more where one is found for each that comes.
+        """
         found: list[Step] = []
         if self._inside is not None:
             return found  # it may touch any of them
         frontier = min(self._frontier)
         patience = min((now_seconds - LONGEST_WAIT_SECONDS, *(q[0].begin_seconds for q in self._windows if q)))
         reached = max(frontier, patience)
-        while self._steps and len(found) < most:
+        while self._steps and (most > 0 or len(found) < 2):
             step = self._steps[0]
             if step.end_seconds > reached or step.begin_seconds == reached:  # without length, it lies behind the edge
                 break
             self._steps.popleft()
             step.sealed = True
             step.weigh()
+            most -= 1 + len(step.paid)
             self._last_end = max(self._last_end, step.end_seconds)
             found.append(step)
             if step.end_seconds > frontier:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from llmco2_vllm.core.batch import EMPTY_PHASE, BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Estimate
-from llmco2_vllm.core.settlement import Account, Journal, Turn
+from llmco2_vllm.core.settlement import CONCLUDE, ENTER, INTERRUPT, LEAVE, REJECT, Account, Journal, Turn
 
 # The sums are begun anew after so many steps, or differences of large sums would lose digits.
 REBASE_STEPS = 1 << 16
@@ -199,20 +199,22 @@ class LedgerBook:
 
     def leave(self, request_id: str) -> RequestCharge | None:
         """Close a ledger and return it with its last figures, or None if there was none."""
-        self.interrupt(request_id)
         charge = self.open.pop(request_id, None)
         if charge is not None:
-            self._note(Turn.LEAVE, charge)
+            if self.decoding.pop(request_id, None) is not None:
+                self._stop(charge)
+            self._note(LEAVE, charge)
         return charge
 
     def reject(self, charge: RequestCharge, drafts: int) -> None:
         """Take back rejected draft tokens of a request."""
         charge.reject(drafts)
-        self._note(Turn.REJECT, charge, drafts)
+        self._note(REJECT, charge, drafts)
 
     def conclude(self, charge: RequestCharge, reported_ratio: float) -> None:
         """A closed ledger's energy was reported to its client, or this share of it."""
-        self._note(Turn.CONCLUDE, charge, reported_ratio)
+        if reported_ratio != 1.0:
+            self._note(CONCLUDE, charge, reported_ratio)
 
     def _note(self, turn: Turn, charge: RequestCharge, value: float = 0.0) -> None:
         if self._journal is not None and charge.account is not None:
@@ -225,16 +227,19 @@ class LedgerBook:
         charge.offset = charge.computed - self._now.steps
         self.decoding[request_id] = charge
         self._context += charge.computed
-        self._note(Turn.ENTER, charge, charge.computed)
+        self._note(ENTER, charge, charge.computed)
 
     def interrupt(self, request_id: str) -> None:
         """The request is not in steady decode any more: settle what it owes."""
         charge = self.decoding.pop(request_id, None)
         if charge is not None:
-            self.settle(charge)
-            charge.entered = None
-            self._context -= charge.computed
-            self._note(Turn.INTERRUPT, charge)
+            self._stop(charge)
+            self._note(INTERRUPT, charge)
+
+    def _stop(self, charge: RequestCharge) -> None:
+        self.settle(charge)
+        charge.entered = None
+        self._context -= charge.computed
 
     def settle(self, charge: RequestCharge) -> None:
         """Bring a decoding request's figures up to date; others are so already."""

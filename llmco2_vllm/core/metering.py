@@ -22,6 +22,7 @@ class Doubt(StrEnum):
     SLEEPING = "engine sleeping"
     INTEGRATED_POWER = "integrated power, no counter"
     LAG_LEARNT = "lag of the counter was learnt"
+    OVERFLOWED = "windows nobody took were joined"
 
 
 class MeterWindow(NamedTuple):

@@ -23,9 +23,12 @@ class Turn(IntEnum):
     ENTER = 0  # steady decode; value: tokens in its KV cache
     INTERRUPT = 1
     REJECT = 2  # value: draft tokens of its last step that were rejected
-    LEAVE = 3
-    CONCLUDE = 4  # value: share of its energy that was reported to a client, 0 for an aborted request
+    LEAVE = 3  # from steady decode or not
+    CONCLUDE = 4  # value: share of its energy that was reported to a client, 0 for an aborted request; not noted for 1
 
+
+# A member by way of its class takes longer than all else in noting a turn.
+ENTER, INTERRUPT, REJECT, LEAVE, CONCLUDE = Turn
 
 Journal = deque["Step | tuple[Turn, Account, float]"]
 
@@ -148,12 +151,18 @@ class Account:
 
     def pay(self, paid: Paid, step: Step, ratios: Quantities) -> None:
         """Charge one step again, at ``ratios`` per predicted joule."""
-        for place, ratio in enumerate(ratios):
-            self.prefill[place] += ratio * paid.prefill_joules
-            self.decode[place] += ratio * paid.decode_joules
-        used = ratios[0] + ratios[1]
-        self.recomputed_joules += used * paid.recomputed_joules
-        self._last_decode = (used * paid.decode_joules, max(paid.decode_tokens, 1))
+        # Written out, and only what is there: eight requests join a busy engine's step.
+        _, prefill_joules, decode_joules, decode_tokens, recomputed_joules = paid
+        measured, estimated, half_width, predicted = ratios
+        for joules, phase in ((prefill_joules, self.prefill), (decode_joules, self.decode)):
+            if joules:
+                phase[0] += measured * joules
+                phase[1] += estimated * joules
+                phase[2] += half_width * joules
+                phase[3] += predicted * joules
+        if recomputed_joules:
+            self.recomputed_joules += (measured + estimated) * recomputed_joules
+        self._last_decode = ((measured + estimated) * decode_joules, decode_tokens or 1)
         self.steps += 1
         self.covered_steps += step.covered_ratio
 
@@ -199,21 +208,25 @@ class Settlement:
             self._take(*item)
 
     def _take(self, turn: Turn, account: Account, value: float) -> None:
-        if turn is Turn.ENTER:
-            account.entered, account.offset = self.now, int(value) - self.now.steps
+        if turn is ENTER:
+            account.entered = now = self.now
+            account.offset = int(value) - now.steps
             self._decoding += 1
-        elif turn is Turn.INTERRUPT:
-            account.settle(self.now)
-            account.entered = None
-            self._decoding -= 1
-            if not self._decoding:
-                self._running = _Running()  # differences of large sums would lose digits
-        elif turn is Turn.REJECT:
+        elif turn is LEAVE or turn is INTERRUPT:
+            if account.entered is not None:
+                self._interrupt(account)
+            account.final = turn is LEAVE
+        elif turn is REJECT:
             self.rejected_draft_joules += account.reject(int(value))
-        elif turn is Turn.LEAVE:
-            account.final = True
         else:
             self.aborted_joules += account.value_joules * (1.0 - value)
+
+    def _interrupt(self, account: Account) -> None:
+        account.settle(self.now)
+        account.entered = None
+        self._decoding -= 1
+        if not self._decoding:
+            self._running = _Running()  # differences of large sums would lose digits
 
     def _charge(self, step: Step, recent_ratio: float) -> None:
         estimated = (1.0 - step.covered_ratio) * recent_ratio
@@ -225,7 +238,8 @@ class Settlement:
         for paid in step.paid:
             assert isinstance(paid, Paid)
             paid.account.pay(paid, step, ratios)
-            self.recomputed_joules += (ratios[0] + estimated) * paid.recomputed_joules
+            if paid.recomputed_joules:
+                self.recomputed_joules += (ratios[0] + estimated) * paid.recomputed_joules
         self.prefill_joules += step.measured_ratio * step.prefill_joules
         self.decode_joules += step.measured_ratio * (step.predicted_joules - step.prefill_joules)
         self.estimated_joules += estimated * step.predicted_joules

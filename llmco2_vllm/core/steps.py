@@ -25,6 +25,32 @@ class Split:
         self.ratio = self.half_width_ratio = self.covered_ratio = 0.0
 
 
+# A step may be this much slower or faster than predicted, against those around it; beyond, its time is not believed.
+LARGEST_PACE_CHANGE = 4.0
+PACE_MEMORY_STEPS = 200
+
+
+class Pace:
+    """Duration over predicted duration of the recent past."""
+
+    __slots__ = ("_ratio",)
+
+    def __init__(self) -> None:
+        self._ratio = 0.0  # 0 before any step
+
+    def of(self, step: Step) -> float:
+        """That of a step against the recent past, which it moves; 1 where it has no time."""
+        executions = step.executions
+        predicted = executions * step.estimate.duration_seconds
+        if step.busy_seconds <= 0.0 or predicted <= 0.0:
+            return 1.0
+        ratio = step.busy_seconds / predicted
+        self._ratio = self._ratio or ratio
+        relative = min(max(ratio / self._ratio, 1.0 / LARGEST_PACE_CHANGE), LARGEST_PACE_CHANGE)
+        self._ratio *= relative ** (executions / PACE_MEMORY_STEPS)
+        return relative
+
+
 class Step:
     """One step of the schedule, open until its output is back; then what the meters said of it.
 
@@ -36,7 +62,7 @@ class Step:
     step (docs/adr/0002), ``later`` steps ago. paid: what single requests were charged in it, for settlement.
     measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
     half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1. All three by ``weigh``.
-    pace_ratio: its duration over the predicted one, against the recent past; the mean of its executions.
+    pace_ratio: its duration over the predicted one, against the recent past; known once it is sealed.
     splits: of the windows it lies in, with the share of it that does.
     """
 
@@ -96,14 +122,13 @@ class Step:
         self.predicted_joules += self._next_joules
         self._next_joules += self._growth_joules
 
-    def close(self, begin_seconds: float, end_seconds: float, pace_ratio: float) -> None:
+    def close(self, begin_seconds: float, end_seconds: float) -> None:
         """The output of its first open execution is back: that one occupied ``[begin, end)``."""
         if not self._closed:
             self.begin_seconds = begin_seconds
         self._closed += 1
         self._last_seconds = end_seconds
         self.busy_seconds += end_seconds - begin_seconds
-        self.pace_ratio += (pace_ratio - self.pace_ratio) / self._closed
         self.open_executions -= 1
         if not self.open_executions:
             self.end_seconds = end_seconds
@@ -172,6 +197,7 @@ class Inside:
     """
 
     __slots__ = (
+        "_pace",
         "_place",
         "_steps",
         "busy_seconds",
@@ -183,13 +209,14 @@ class Inside:
         "window",
     )
 
-    def __init__(self, window: MeterWindow, steps: deque[Step]) -> None:
-        """``steps`` may grow meanwhile, but none may leave."""
+    def __init__(self, window: MeterWindow, steps: deque[Step], pace: Pace) -> None:
+        """``steps`` may grow meanwhile, but none may leave. pace: of the steps before, and of these from now on."""
         self.window = window
         self.split = Split()
         self.parts: list[StepShare] = []
         self.busy_seconds = self.predicted_joules = self.prefill_joules = self.paced_joules = 0.0
         self._steps, self._place = steps, 0
+        self._pace = pace
 
     def look(self, most: int) -> bool:
         """Go on over at most so many steps, in their order; whether that was all."""
@@ -201,7 +228,9 @@ class Inside:
             first, last = step.begin_seconds, step.end_seconds
             if first >= end:
                 return True
-            step.sealed = True  # it is split now
+            if not step.sealed:
+                step.sealed = True
+                step.pace_ratio = self._pace.of(step)
             if begin <= first < last <= end:
                 share = 1.0
             elif step.lost or not (share := step.share_in(begin, end)):

@@ -8,16 +8,21 @@ ratio of measured to predicted, and the figure says how much of the request wind
 from __future__ import annotations
 
 from collections.abc import Iterable
+from struct import Struct
 from typing import NamedTuple
 
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.settlement import Settlement
-from llmco2_vllm.telemetry.ledger import Ledger
+from llmco2_vllm.telemetry.ledger import Ledger, Wire
 
 METERED_KEY = "llmco2-metered"
-METERED_VERSION = "1"
-_WIRE = METERED_VERSION + ",%d" + ",%.9g" * 9
-# Nine digits travel, and shares of steps add up to one but for rounding: nearer than this to none or all is that.
+METERED_VERSION = "2"
+# In the order of Metered.
+_METERED = Wire("metered record", METERED_VERSION, Struct("<?9d"))
+_pack = _METERED.numbers.pack
+# Records are exact, sums are not: the shares of a step in its windows add up to one but for rounding, and settled steps
+# to what a ledger was charged, as running sums do (1e-11 in the steps after which they begin anew). Nearer than this to
+# none or all is that.
 _ROUNDING = 1e-6
 
 
@@ -69,35 +74,33 @@ def metered_of(
     account = charge.account
     if account is None:
         return None
-    account.settle(settlement.now)
-    prefill, decode = account.prefill, account.decode
-    joules = (
-        prefill[0] + prefill[1],
-        decode[0] + decode[1],
-        prefill[2] + decode[2],
-        prefill[3],
-        decode[3],
-        account.recomputed_joules,
-        account.rejected_draft_joules,
-        prefill[1] + decode[1],
+    if account.entered is not None:
+        account.settle(settlement.now)
+    share, prefill, decode = reported_ratio, account.prefill, account.decode
+    record = (
+        account.final,
+        share * (prefill[0] + prefill[1]),
+        share * (decode[0] + decode[1]),
+        share * (prefill[2] + decode[2]),
+        share * prefill[3],
+        share * decode[3],
+        share * account.recomputed_joules,
+        share * account.rejected_draft_joules,
+        share * (prefill[1] + decode[1]),
+        recent_ratio,
     )
-    reported = (reported_ratio * value for value in joules)
-    return Metered._make((account.final, *reported, recent_ratio))
+    return Metered._make(record)
 
 
 def encode_metered(record: Metered) -> str:
-    """The wire form: comma-separated, version first."""
-    return _WIRE % record
+    """The wire form, exact: version and numbers."""
+    return f"{METERED_VERSION},{_pack(*record).hex()}"
 
 
 def decode_metered(text: str) -> Metered:
     """Inverse of :func:`encode_metered`. Raises ValueError on another version or a malformed record."""
-    version, *parts = text.split(",")
-    if version != METERED_VERSION:
-        raise ValueError(f"metered record of version {version!r}; this front end reads {METERED_VERSION!r}")
-    if len(parts) != len(Metered._fields):
-        raise ValueError(f"metered record with {len(parts)} fields instead of {len(Metered._fields)}")
-    return Metered(parts[0] == "1", *map(float, parts[1:]))
+    numbers, _ = _METERED.read(text)
+    return Metered._make(numbers)
 
 
 def figure(ledger: Ledger, record: Metered) -> Figure:

@@ -59,7 +59,8 @@ async def answer(front_end: FrontEnd, scope: Scope, receive: Receive, path: str)
     try:
         found = await _answer(front_end, scope, receive, path)
     except Exception as error:
-        report(front_end, path, error)
+        # The id of a request is no place, and no label.
+        report(front_end, path if path in _METHODS else _REQUESTS, error)
         found = _json_answer(500, {"error": "the carbon meter failed; see the log of the server"})
     length = (b"content-length", str(len(found.body)).encode())
     headers = [(b"content-type", found.content_type), length, *found.headers]

@@ -114,7 +114,7 @@ class EngineHook:
         due = bool(self._unsent or self._parked)
         for outputs in (outputs_by_client or {}).values():
             if sums is not None and outputs.outputs:
-                _add_header(outputs.outputs[0], SUMS_KEY, sums)
+                _add_headers(outputs.outputs[0], {SUMS_KEY: sums})
             if due:
                 self._attach_due(outputs.outputs)
             if periodic and outputs.outputs:
@@ -130,12 +130,12 @@ class EngineHook:
         return encode_sums(sums, self.origin.engine)
 
     def _attach_due(self, outputs: Iterable[Any]) -> None:
-        for output in outputs:
-            request_id = output.request_id
-            if (charge := self._parked.get(request_id)) is not None:
+        due = self._unsent.union(self._parked)
+        for output in [output for output in outputs if output.request_id in due]:
+            if (charge := self._parked.get(output.request_id)) is not None:
                 self._send(output, charge, final=True)
-            elif request_id in self._unsent:
-                self._unsent.discard(request_id)
+            else:
+                self._unsent.discard(output.request_id)
                 self._send_running(output)
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
@@ -152,10 +152,10 @@ class EngineHook:
             self._send(output, charge, final=False, context=charge.computed if follows else -1)
 
     def _send(self, output: Any, charge: RequestCharge, final: bool, context: int = -1) -> None:
-        pace = self.monitor.seconds_per_joule
-        _add_header(output, KEY, encode(charge, self.origin, final, context, pace))
+        records = {KEY: encode(charge, self.origin, final, context, self.monitor.seconds_per_joule)}
         if (metered := self._metered(charge)) is not None:
-            _add_header(output, METERED_KEY, encode_metered(metered))
+            records[METERED_KEY] = encode_metered(metered)
+        _add_headers(output, records)
 
     def _metered(self, charge: RequestCharge, reported_ratio: float = 1.0) -> Metered | None:
         metering = self.monitor.metering
@@ -255,7 +255,7 @@ class EngineHook:
             "started_seconds": self.started_seconds,
             "active": self.guard.active,
             "provenance": self.origin.provenance._asdict(),
-            "failures": dict(self.guard.failures),
+            "failures": self.guard.counts,
             "hook_seconds": self.hook_seconds,
             "running_requests": len(self.monitor.book.open),
             "open_tickets": self.monitor.open_tickets,
@@ -265,9 +265,9 @@ class EngineHook:
         }
 
 
-def _add_header(output: Any, key: str, record: str) -> None:
+def _add_headers(output: Any, records: dict[str, str]) -> None:
     # A new dict: the request's own is shared with the tracing of the host.
-    output.trace_headers = {**(output.trace_headers or {}), key: record}
+    output.trace_headers = {**output.trace_headers, **records} if output.trace_headers else records
 
 
 def _encoder_inputs(output: Any) -> int:

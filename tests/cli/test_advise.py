@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from llmco2_vllm.cli import advise
 from llmco2_vllm.cli.main import main
+from llmco2_vllm.grid.regions import region
 from tests.advice.asked import LLAMA_8B, LLAMA_70B
 
 
@@ -128,7 +131,41 @@ def test_the_lifetime_of_hosts_is_that_of_devices_unless_it_is_said(model: Path)
     assert [(one["lifetime_years"], one["host_lifetime_years"]) for one in years] == [(3.0, 3.0), (3.0, 5.0)]
 
 
-@pytest.mark.parametrize("option", ["--pue", "--node-overhead", "--lifetime-years", "--host-lifetime-years"])
+def test_a_region_is_its_zone_and_its_pue_unless_one_is_given(model: Path) -> None:
+    named = region("aws:eu-west-3")
+    assert named.pue is not None
+    asked = ("--region", "aws:eu-west-3", "--tp", "1")
+    found, other = (document(model, *asked, *more) for more in ((), ("--pue", "1.5")))
+    assert [zone["zone"] for zone in found["zones"]] == ["FR"]
+    assert found["site"] == {"pue": named.pue, "pue_source": named.pue_source}
+    assert other["site"] == {"pue": 1.5, "pue_source": "settings"}
+    assert (named.pue_note in found["notes"], named.pue_note in other["notes"]) == (True, False)
+    assert found["rows"] == document(model, "--zones", "FR", "--pue", named.pue, "--tp", "1")["rows"]
+    assert f"PUE {named.pue:g} of aws:eu-west-3" in run(model, *asked).output
+
+
+def test_without_a_published_pue_that_of_the_it_load_alone_is_taken(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpublished = replace(region("aws:eu-west-3"), pue=None, pue_source=None, pue_year=None, pue_scope=None)
+    monkeypatch.setattr(advise, "find_region", {"aws:eu-west-3": unpublished}.__getitem__)
+    found, other = (document(model, "--tp", "1", *more) for more in (("--region", "aws:eu-west-3"), ("--zones", "FR")))
+    assert found["site"] == other["site"] == {"pue": 1.0}
+    assert (found["rows"], found["notes"]) == (other["rows"], other["notes"])
+
+
+def test_what_the_node_and_the_site_add_is_counted_once(model: Path) -> None:
+    def grams(*options: str) -> list[float]:
+        return [row["operational_grams"] for row in document(model, "--tp", "1", *options)["rows"]]
+
+    more = ("--pue", "1.5", "--node-overhead", "0.4", "--auxiliary", "0.1")
+    assert grams(*more) == pytest.approx([1.5 * 1.4 * 1.1 * one for one in grams()])
+    assert document(model, "--tp", "1", *more)["site"]["auxiliary_ratio"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "option", ["--pue", "--node-overhead", "--auxiliary", "--lifetime-years", "--host-lifetime-years"]
+)
 def test_a_number_that_is_none_is_refused_by_the_name_of_its_option(model: Path, option: str) -> None:
     result = run(model, option, "nan")
     assert result.exit_code == 2 and f"Error: Invalid value for '{option}': nan is not possible" in result.stderr
@@ -146,6 +183,11 @@ def test_figures_outside_of_the_training_data_are_marked(model: Path) -> None:
         (("--devices", ","), "devices=',' is not possible"),
         (("--zones", "UK"), "zone='UK' is not known"),
         (("--zones", "fr"), "near: FR"),
+        (("--region", "aws:mars"), "region='aws:mars' is not in the table"),
+        (
+            ("--region", "aws:eu-west-3", "--zones", "FR"),
+            "region='aws:eu-west-3' and zones='FR' are both there; allowed: one of them",
+        ),
         (("--workload", "no-trace"), "workload='no-trace' is not possible; allowed: azure-conv, azure-code"),
         (("--slo", "tpot=fast"), "slo: tpot='fast' is not possible; allowed: seconds above 0"),
         (("--slo", "p99=1"), "allowed: ttft=SECONDS, tpot=SECONDS, latency=SECONDS"),

@@ -195,6 +195,16 @@ def test_no_server_is_one_line_that_names_its_address(tmp_path: Path) -> None:
     assert "http://127.0.0.1:1/v1/models: ConnectError" in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize("option", ["--budget-minutes", "--target-error", "--coverage-share"])
+def test_a_number_that_is_none_is_refused_before_anything_is_measured(
+    engine: Engine, tmp_path: Path, option: str, number: str
+) -> None:
+    result = run(engine, *SHORT, "-o", tmp_path / "calibration.json", option, number)
+    assert result.exit_code == 2 and f"Invalid value for '{option}': " in result.stderr
+    assert engine.prompts == []
+
+
 def test_without_a_file_to_write_nothing_is_measured(engine: Engine) -> None:
     result = run(engine, *SHORT)
     assert result.exit_code == 2 and "-o FILE" in result.stderr

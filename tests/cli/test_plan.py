@@ -112,6 +112,13 @@ def test_an_impossible_option_is_named_with_what_is_allowed(
     assert result.exit_code == 1 and message in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_share_that_is_no_number_is_refused_by_the_name_of_its_option(model: Path, number: str) -> None:
+    result = plan(model, "--coverage-share", number)
+    assert result.exit_code == 2 and "Invalid value for '--coverage-share': " in result.stderr
+    assert "in the range 0<=x<=1" in result.stderr
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"model_type": "llama"}'])
 def test_a_file_that_is_no_model_config_is_refused_by_its_option(model: Path, text: str) -> None:
     (model / "config.json").write_text(text)

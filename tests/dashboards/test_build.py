@@ -53,6 +53,26 @@ def test_a_file_that_is_stale_or_missing_has_a_line_of_its_own(name: str, tmp_pa
     assert not path.exists(), "--check writes nothing"
 
 
+def test_alerts_refer_to_the_runbooks_where_operators_read_them(tmp_path: Path) -> None:
+    address = "https://wiki.example.org/carbon/runbooks"
+    assert run("-o", str(tmp_path), "--runbooks-url", address)[0] == 0
+    (group,) = yaml.safe_load((tmp_path / build.ALERTS).read_text())["groups"]
+    referred = [rule["annotations"]["runbook_url"] for rule in group["rules"]]
+    assert referred == [f"{address}#{alert.name.lower()}" for alert in ALERTS]
+    page = (tmp_path / build.PAGE).read_text()
+    assert all(f"[runbook]({url})" in page for url in referred) and "runbooks.md#" not in page
+    assert run("-o", str(tmp_path), "--runbooks-url", address, "--check") == (0, "")
+    stale = {f"{tmp_path / name}: stale; run llmco2 dashboards" for name in (build.ALERTS, build.PAGE)}
+    assert set(run("-o", str(tmp_path), "--check")[1].splitlines()) == stale
+
+
+@pytest.mark.parametrize("address", ["", "docs/runbooks.md", "ftp://a/b", "https://", "https://a/b#c", "https://a b"])
+def test_what_is_no_address_of_a_page_is_refused_and_nothing_is_written(address: str, tmp_path: Path) -> None:
+    status, output = run("-o", str(tmp_path / "new"), "--runbooks-url", address)
+    assert status == 2 and f"Invalid value for '--runbooks-url': {address!r} is not possible; allowed: " in output
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "grafana").write_text("a file")
     status, output = run("-o", str(tmp_path))

@@ -105,6 +105,19 @@ def test_no_two_series_of_a_panel_have_one_colour(panel: dict[str, Any]) -> None
     assert not left or named == left == ["{{instance}} · engine {{engine}}"], "or Grafana's palette chooses"
 
 
+STATES = [panel for panel in panels(DASHBOARD) if panel["type"] == "state-timeline"]
+
+
+@pytest.mark.parametrize("panel", STATES, ids=lambda panel: panel["title"])
+def test_a_state_that_is_not_known_has_a_word_and_no_colour_that_judges(panel: dict[str, Any]) -> None:
+    values, special = panel["fieldConfig"]["defaults"]["mappings"]
+    assert set(values["options"]) == {"0", "1"}
+    assert special["type"] == "special" and special["options"]["match"] == "nan"
+    unknown = special["options"]["result"]
+    assert (unknown["text"], unknown["color"]) == ("unknown", "text")
+    assert unknown["index"] not in {word["index"] for word in values["options"].values()}
+
+
 def test_every_fault_of_a_meter_has_a_colour_of_its_own() -> None:
     faults = {f"fault: {doubt}" for doubt in Doubt if doubt is not Doubt.NONE}
     assert {name for name in colours.COLOURS if name.startswith("fault: ")} == faults

@@ -151,6 +151,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "states": answered(
             states("States", "", [(METRIC, "meter")], {"0": ("off", "red"), "1": ("on", "green")}), [series([1, 1, 0])]
         ),
+        "unsure": answered(states("Unsure", "", [(METRIC, "meter")], {"0": ("off", "red")}), [series([0, math.nan])]),
         "map": answered(heatmap("Map", "", METRIC, "joule"), buckets([[1, 2, 0], [0, 3, 1]])),
     }
     answer = draw(found, folder)
@@ -199,7 +200,7 @@ def test_a_table_has_the_columns_that_its_transformations_make(pictures: Path) -
     assert reads(pictures, "table") == ["By model", "Model", "Energy", "Tokens", "m", "1.50 kJ", "2 Mil"]
 
 
-@pytest.mark.parametrize(("name", "text"), [("states", "off"), ("map", "≤ 1 J")])
+@pytest.mark.parametrize(("name", "text"), [("states", "off"), ("unsure", "unknown"), ("map", "≤ 1 J")])
 def test_a_sketch_says_that_it_is_one(pictures: Path, name: str, text: str) -> None:
     assert "sketched, not drawn by Grafana" in reads(pictures, name)
     assert text in reads(pictures, name)

@@ -65,6 +65,6 @@ def test_a_rule_asks_for_what_there_is(rule: Record | Alert) -> None:
 def test_an_alert_has_a_severity_a_summary_and_a_runbook(alert: Alert) -> None:
     assert alert.severity in ("info", "warning", "critical")
     assert alert.summary
-    path, _, anchor = alert.runbook.partition("#")
+    path, _, anchor = alert.runbook().partition("#")
     headings = re.findall(r"^## (.+)$", (build.CHECKOUT / path).read_text(), re.MULTILINE)
     assert anchor in {heading.lower().replace(" ", "-") for heading in headings}

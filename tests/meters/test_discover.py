@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
-from llmco2_vllm.meters.discover import Search, open_meter
+from llmco2_vllm.meters.base import DeviceLostError
+from llmco2_vllm.meters.discover import Discovery, Search, open_meter
+from llmco2_vllm.testing import FakeMeter
 from tests.meters.test_rapl import zone
+from tests.meters.virtual import Bench
 from tests.nvml_shim import shim
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -90,13 +93,56 @@ def test_a_driver_that_does_not_start_is_the_reason(shim_folder: Path, code: int
 def test_a_driver_that_does_not_answer_is_not_waited_for(shim_folder: Path) -> None:
     code = """
     found = open_meter("auto", None, Search(answer_seconds=0.2))
-    first = [found.name, found.reason, found.sampler.name]
+    first = [found.name, found.reason, found.now()]
     found.sampler.answered.wait(60)
-    print(json.dumps([*first, found.sampler.name]))
+    print(json.dumps([*first, found.now()]))
     """
     name, reason, before, after = in_child(shim_folder, code, shim.Settings(init_delay=3.0))
-    assert (name, before, after) == ("nvml", "none", "nvml")
-    assert reason == "nvml did not answer within 0.2 s; still waiting"
+    assert (name, reason) == ("nvml", "nvml did not answer within 0.2 s; still waiting")
+    assert (before, after) == (["none", "nvml: no answer yet"], ["nvml", ""])
+
+
+def test_a_driver_that_answers_late_with_a_refusal_is_the_reason_from_then_on(shim_folder: Path) -> None:
+    code = """
+    found = open_meter("auto", None, Search(answer_seconds=0.2))
+    found.sampler.answered.wait(60)
+    print(json.dumps(found.now()))
+    """
+    name, reason = in_child(shim_folder, code, shim.Settings(init_delay=3.0, init_code=9))
+    assert name == "none" and reason.startswith("NVML: ") and "(9)" in reason
+
+
+def test_what_is_said_of_a_meter_follows_its_devices() -> None:
+    bench = Bench()
+    meter, other = (bench.add(FakeMeter(bench.clock)) for _ in range(2))
+    found = Discovery(bench.sampler, "nvml", None)
+    assert found.now() == ("none", "nvml: no answer yet")
+    bench.run(3.0)
+    assert found.now() == ("nvml", "")
+    meter.failures, meter.reopen_failures = [DeviceLostError("lost")], [DeviceLostError("lost")] * 3
+    bench.run(3.0)
+    assert found.now() == ("nvml", "nvml: device 0: device lost")
+    other.counting = other.powering = False
+    bench.run(3.0)
+    assert found.now() == ("nvml", "nvml: device 0: device lost; device 1: not supported")
+    other.powering = True
+    bench.run(30.0)
+    assert found.now() == ("nvml", "") and bench.sampler.state()["fault"] is None
+
+
+def test_a_driver_that_holds_its_reader_up_is_told_of() -> None:
+    bench = Bench()
+    bench.add(FakeMeter(bench.clock))
+    found = Discovery(bench.sampler, "nvml", None)
+    bench.run(3.0)
+    bench.clock.advance(60.0)
+    assert found.now() == ("nvml", "nvml: device 0: its driver does not answer")
+    bench.run(1.0)
+    assert found.now() == ("nvml", "")
+
+
+def test_a_meter_that_never_opened_goes_on_saying_why() -> None:
+    assert Discovery(None, "none", "RAPL: no package").now() == ("none", "RAPL: no package")
 
 
 def test_the_default_wait_is_under_two_seconds() -> None:

@@ -72,6 +72,8 @@ def test_a_counter_that_comes_back_is_used_again(bench: Bench) -> None:
     assert tiled(windows)
     assert windows[-1].doubt is Doubt.NONE and watts(windows[-1]) == pytest.approx(100, rel=0.05)
     assert bench.state["basis"] == "counter"
+    # No reading of power is believed for longer than until the next one.
+    assert all(watts(w) == pytest.approx(100, rel=1e-6) for w in windows if w.doubt is Doubt.INTEGRATED_POWER)
 
 
 @pytest.mark.parametrize("error", [DeviceLostError("lost"), NotSupportedError("vgpu")])

@@ -310,6 +310,19 @@ def test_the_sampler_recovers_from_a_lost_gpu_and_conserves_what_it_knows(run: R
     assert said["state"]["devices"][0]["faults"] == {"device lost": 1, "counter decreased": 1}
 
 
+def test_the_sampler_believes_a_counter_that_froze_again_once_it_counts(run: Run) -> None:
+    trace = [shim.Row(0.0, power_watts=300.0), shim.Row(106.0, event=shim.FREEZE), shim.Row(110.0, event=shim.MEND)]
+    code = "sampler.activity.busy(99.0)\ngo(125.0); say(windows=list(sampler.windows), state=sampler.state())"
+    said = run(SAMPLER + code, trace)
+    windows = said["windows"]
+    assert all(a[2] == b[1] for a, b in pairwise(windows))
+    assert {w[5] for w in windows if 110.1 < w[1] < 114.5} == {"integrated power, no counter"}
+    assert {w[5] for w in windows if w[1] > 116.0} == {""}
+    known = [w for w in windows if w[3] is not None]
+    assert sum(w[3] for w in known) == pytest.approx(300.0 * sum(w[2] - w[1] for w in known), rel=0.005)
+    assert said["state"]["devices"][0]["faults"] == {"counter frozen while busy": 1}
+
+
 def test_a_sampler_is_started_anew_in_a_forked_child(run: Run) -> None:
     said = run(
         """

@@ -50,7 +50,6 @@ SLOW = {
 LOADS_WATTS, LOAD_SECONDS, PAUSE_SECONDS = (BUSY_WATTS, 240.0, 280.0), 18.0, 4.0
 # Sums of many additions, through text of full precision.
 ADDED_UP = 1e-6
-NINE_DIGITS = 1e-8
 # Of either sign by what they are.
 SIGNED = {
     "Predicted against measured",
@@ -210,10 +209,10 @@ def test_what_was_told_and_what_was_aborted_is_what_prometheus_counted(run: Run)
     grams = [final["carbon_grams"]["operational"] for final in run.finals]
     for counted in run.counted:
         charged = counted["energy"] + counted["estimated_energy"]
-        # Nine digits travel between engine and front end, six are told.
-        near = half_of_the_last_digit(told) + NINE_DIGITS * charged
+        # Six digits are told.
+        near = half_of_the_last_digit(told)
         assert sum(told) + counted["aborted_energy"] == approx(charged, abs=near)
-        near = half_of_the_last_digit(predicted) + NINE_DIGITS * counted["predicted_energy"]
+        near = half_of_the_last_digit(predicted)
         assert sum(predicted) + counted["predicted_aborted_energy"] == approx(counted["predicted_energy"], abs=near)
         assert counted["carbon"] == approx(counted["energy"] * PUE * INTENSITY / 3.6e6, rel=ADDED_UP)
         assert sum(grams) == approx(sum(told) * PUE * INTENSITY / 3.6e6, rel=SIX_DIGITS)

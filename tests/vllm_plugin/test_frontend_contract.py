@@ -183,7 +183,7 @@ def test_an_engine_without_the_hook_leaves_the_mapping_empty(tiny_model: Path, f
     assert not front_end.guard.failures
 
 
-@pytest.mark.parametrize("text", ["", "garbage", "2" + ",0" * 16, "1,0,1,1,x,0,0,0,0,0,0,0,0,0,p,m,r", "1,0"])
+@pytest.mark.parametrize("text", ["", "garbage", "3" + ",0" * 15 + ",p,m,r", "4," + "x" * 204 + ",p,m,r", "4,0"])
 def test_a_malformed_ledger_is_one_log_line_and_serving_goes_on(
     make_engine: MakeEngine, front_end: CarbonFrontEnd, log_records: list[logging.LogRecord], text: str
 ) -> None:

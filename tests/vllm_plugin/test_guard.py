@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmco2_vllm.config import Settings
 from llmco2_vllm.core.features import GraphFeatures
 from llmco2_vllm.predictor.forward import Network
 from llmco2_vllm.predictor.gnn import GnnPredictor
 from llmco2_vllm.telemetry.ledger import KEY, decode
-from llmco2_vllm.vllm_plugin import flags, frontend, output_path, register
-from llmco2_vllm.vllm_plugin.guard import Guard
+from llmco2_vllm.vllm_plugin import endpoints, flags, frontend, output_path, register
+from llmco2_vllm.vllm_plugin.guard import PLACES, Guard
 from tests.vllm_plugin import harness
 from tests.vllm_plugin.harness import Engine, make_request
+
+PLUGIN = Path(frontend.__file__).parent
+OF_THE_ENGINE = ("engine.py", "hook.py", "scheduler.py")
 
 
 def test_a_failure_that_switches_off_is_logged_even_after_one_that_does_not(caplog: pytest.LogCaptureFixture) -> None:
@@ -41,6 +48,45 @@ def test_a_call_that_fails_gives_nothing_and_goes_no_further() -> None:
     assert guard.call("here", lambda value: value + 1, 1) == 2
     assert guard.call("here", lambda: 1 / 0) is None
     assert guard.call("here", lambda: 1) is None
+
+
+def places_that_catch(side: str) -> set[str]:
+    """What the plugin's own text calls the places where it catches exceptions, constants alone."""
+    found = set()
+    for path in PLUGIN.glob("*.py"):
+        if (path.name in OF_THE_ENGINE) == (side == "engine"):
+            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+            named = (_place(call) for call in calls)
+            found.update(word.value for word in named if isinstance(word, ast.Constant) and isinstance(word.value, str))
+    return found
+
+
+def _place(call: ast.Call) -> ast.expr | None:
+    """The argument that names the place: the first of a guard's methods, the second of ``report``."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr in ("call", "failed") and call.args:
+        return call.args[0]
+    return call.args[1] if isinstance(call.func, ast.Name) and call.func.id == "report" else None
+
+
+@pytest.mark.parametrize(
+    ("side", "by_their_path"), [("engine", set()), ("front end", {*endpoints._METHODS, endpoints._REQUESTS})]
+)
+def test_every_place_that_catches_has_a_counter_from_the_start_and_no_other_has(
+    side: str, by_their_path: set[str]
+) -> None:
+    assert Guard(side, "0.32.0").counts == dict.fromkeys(places_that_catch(side) | by_their_path, 0)
+    assert len(PLACES[side]) == len(set(PLACES[side]))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(PLACES["engine"])))
+def test_counts_are_the_failures_and_the_other_places_are_zero(places: list[str]) -> None:
+    guard = Guard("engine", "0.32.0")
+    before = guard.counts
+    for place in places:
+        guard.failed(place, ValueError("x"))
+    assert guard.counts == {**before, **Counter(places)}
+    assert guard.failures == Counter(places), "what is shown to people has no zeros"
 
 
 @pytest.mark.parametrize(

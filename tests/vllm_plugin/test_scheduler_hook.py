@@ -280,8 +280,8 @@ class FrontEndCopies:
             if ledger.follows_sums:
                 ledger.settle(self.sums[0])
             book.settle(charge)
-            assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-8)
-            assert ledger.ledger.upper_joules == pytest.approx(charge.upper_joules, rel=1e-8)
+            assert ledger.ledger.energy_joules == pytest.approx(charge.energy_joules, rel=1e-12)
+            assert ledger.ledger.upper_joules == pytest.approx(charge.upper_joules, rel=1e-12)
             assert ledger.ledger.steps == charge.steps
             self.compared += 1
 
