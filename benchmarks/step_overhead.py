@@ -39,6 +39,8 @@ TICK_SECONDS = 0.1
 class TickingMeter:
     """In place of the sampler: a window of 100 ms at 400 W, whenever one is over."""
 
+    fault = None
+
     def __init__(self) -> None:
         self.windows: deque[MeterWindow] = deque()
         self._begin = monotonic()

@@ -59,12 +59,14 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Meter:
-    """The assembled parts of one engine. states: of the parts that tell how they are, by name."""
+    """The assembled parts of one engine. states: of the parts that tell how they are, by name.
+
+    found: the meter in use, or why there is none; what is true of it later says ``found.now()``.
+    """
 
     monitor: StepMonitor
     device: DeviceSpec
-    meter: str
-    meter_reason: str
+    found: Discovery
     states: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
 
 
@@ -189,10 +191,10 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
         activity := EngineActivity(),
     )
     if found.sampler is None:
-        return Meter(StepMonitor(predictor), device, found.name, found.reason or "")
+        return Meter(StepMonitor(predictor), device, found)
     if (reason := _partial(found, deployment)) is not None:
         found.sampler.stop(0.0)
-        return Meter(StepMonitor(predictor), device, "none", reason)
+        return Meter(StepMonitor(predictor), device, Discovery(None, "none", reason))
     listener = MeterListener(activity, _feed(settings, deployment, found, (model, device, predictor)))
     # A driver that is still silent has told of no device yet: then those that the engine runs on.
     count = len(found.sampler.state()["devices"]) or deployment.topology.engine_devices
@@ -203,7 +205,7 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
         states["samples"] = listener.feed.state
     if found.name != "rapl" and settings.node_overhead is None and (host := open_meter("rapl")).sampler is not None:
         states["host"] = HostEnergy(host.sampler.windows, host.name).state
-    return Meter(StepMonitor(predictor, metering=metering), device, found.name, found.reason or "", states)
+    return Meter(StepMonitor(predictor, metering=metering), device, found, states)
 
 
 def _partial(found: Discovery, deployment: Deployment) -> str | None:

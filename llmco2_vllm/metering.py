@@ -17,9 +17,9 @@ from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
 from llmco2_vllm.core.steps import Step
 
-# What is settled behind one scheduler step, in steps and in requests charged by themselves. Fewer at once would be dearer:
-# most of it is fetching cold memory.
-SETTLED_AT_ONCE = 24
+# What is settled behind one scheduler step, in steps and in requests charged by themselves. Fewer at once would be
+# dearer: most of it is fetching cold memory.
+SETTLED_AT_ONCE = 40
 # Steps over which windows are split behind one scheduler step: a window holds hundreds. Each device has windows of its
 # own, and with this much for each they are split in less than half the time in which the next ones come.
 SPLIT_AT_ONCE, SPLIT_PER_DEVICE = 16, 4
@@ -213,6 +213,7 @@ class Metering:
             "windows": totals.windows,
             "doubtful_windows": totals.doubtful_windows,
             "unmetered_windows": totals.unmetered_windows,
+            "dropped_windows": totals.dropped_windows,
             "recent_ratio": self.attributor.recent_ratio,
             "coverage_ratio": self._coverage_ratio(),
             "idle_power_watts": {

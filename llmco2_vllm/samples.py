@@ -54,9 +54,9 @@ class SampleFeed:
 
     def __init__(self, store: SampleStore, origin: Origin, meter: Callable[[], dict[str, Any]]) -> None:
         self.store, self.origin = store, origin
-        self.failures = 0
+        self.failures = self.dropped = 0
         self._meter = meter
-        self._waiting: deque[WindowAccount] = deque(maxlen=MOST_WAITING)
+        self._waiting: deque[WindowAccount] = deque()
         self._stop = threading.Event()
         # Windows are on the monotonic clock, samples on that of the calendar.
         self._epoch_seconds = time.time() - time.monotonic()
@@ -64,13 +64,19 @@ class SampleFeed:
         self._thread.start()
 
     def take(self, account: WindowAccount) -> None:
-        """Keep an account for the store. For the scheduler thread: one append."""
-        if account.window.energy_joules is not None:
+        """Keep an account for the store, or count it where too many wait. For the scheduler thread: one append."""
+        if account.window.energy_joules is None:
+            return
+        if len(self._waiting) < MOST_WAITING:
             self._waiting.append(account)
+        else:
+            self.dropped += 1
 
     def state(self) -> dict[str, Any]:
-        """Plain values for ``GET /carbon``."""
-        return {**self.store.state(), "build_failures": self.failures}
+        """Plain values for ``GET /carbon``; waiting and dropped on the way to the store or in it."""
+        stored = self.store.state()
+        waiting, dropped = stored["waiting"] + len(self._waiting), stored["dropped"] + self.dropped
+        return {**stored, "waiting": waiting, "dropped": dropped, "build_failures": self.failures}
 
     def close(self) -> None:
         """Store what waits."""
@@ -119,7 +125,7 @@ class SampleFeed:
 
 
 def _rows(part: StepShare, topology: Topology) -> Iterator[list[float]]:
-    """A step in the order of ``STEP_COLUMNS``, each execution; the prediction is that of one device, as the energy is."""
+    """Each execution in the order of ``STEP_COLUMNS``; the prediction is that of one device, as the energy is."""
     step, share = part
     for execution in range(step.executions):
         shape = step.shape(execution)

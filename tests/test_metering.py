@@ -591,3 +591,60 @@ def test_the_host_is_counted_apart_and_what_its_meter_does_not_know_is_not_zero(
     assert host.state() == {"joules": 40.0, "unmetered_seconds": 2.0, "source": "rapl"}
     windows.append(MeterWindow(0, 3.0, 4.0, 2.0))
     assert host.state()["joules"] == 42.0 and not windows
+
+
+@pytest.mark.parametrize("pause_seconds", [0.001, 0.05])
+def test_an_execution_whose_output_never_comes_holds_no_window_up(pause_seconds: float) -> None:
+    """With a short pause it is part of a step that others belong to, with a long one it is a step of its own."""
+    engine = Engine()
+    engine.join(4)
+    for number in range(60):
+        engine.schedule(8)
+        engine.clock.advance(0.004)
+        if number == 30:
+            engine.clock.advance(pause_seconds)
+            engine.schedule(8)
+            engine.clock.advance(0.004)
+            engine.in_flight.popleft()  # the output of the next one comes, this one's does not
+        engine.output()
+        if number % 20 == 19:
+            engine.edge(0, 300.0)
+    assert engine.monitor.totals.lost_tickets == 1
+    engine.finish(300.0)
+    totals, (charge,) = engine.metering.attributor.totals, engine.charges
+    assert len(engine.accounts) == 4 and not engine.metering.attributor.waiting
+    assert charge.account is not None and charge.account.final and charge.account.steps == 61
+    assert totals.attributed_joules > 0.9 * 300.0 * 0.24
+    assert_conserved(engine.metering)
+
+
+def test_windows_that_wait_too_long_for_a_step_are_counted_and_their_energy_is_nobodys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attribution, "MOST_WAITING", 3)
+    engine = Engine()
+    engine.join(4)
+    engine.schedule(8)
+    for _ in range(5):
+        engine.clock.advance(0.1)
+        engine.edge(0, 300.0)
+    state = engine.metering.state()
+    assert (state["dropped_windows"], state["unattributed_joules"]) == (2, pytest.approx(60.0))
+    engine.finish(300.0)
+    assert_conserved(engine.metering)
+
+
+def test_the_recent_coverage_is_unknown_at_first_and_falls_where_no_window_is() -> None:
+    engine = Engine()
+    assert engine.metering.state()["coverage_ratio"] is None
+    engine = busy(2.0, 200.0)
+    engine.finish()
+    assert engine.metering.state()["coverage_ratio"] == pytest.approx(1.0)
+    engine.join(4)
+    for _ in range(100):
+        engine.schedule(8)
+        engine.clock.advance(0.1)
+        engine.output()
+    engine.edge(0, None, Doubt.LOST)
+    engine.finish()
+    assert 0.0 < engine.metering.state()["coverage_ratio"] < 0.8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from llmco2_vllm.core.embodied import EmbodiedModel, Holding, device_footprint, grams_per_second, host_share
+from llmco2_vllm.core.embodied import EmbodiedModel, Lifetimes, engine_hardware
 from llmco2_vllm.core.hardware import DeviceSpec
 
 Hold = Literal["devices", "server"]
@@ -48,17 +48,10 @@ class Ownership:
         """What an engine on ``devices`` of one kind holds. Raises ValueError for a lifetime that is not possible."""
         count = DEVICES_PER_SERVER if self.hold == "server" and device.kind == "gpu" else devices
         watts = device.idle_power_watts * (count - devices)
-        footprint = device_footprint(device.name, self.model)
-        if footprint is None:
+        hardware = engine_hardware(device.name, count, self.model, Lifetimes(self.lifetime_years, self.host_years))
+        if hardware is None:
             return Held(None, watts, (f"{device.name}: no embodied figure by the model {self.model}",))
-        holdings = [Holding(footprint.grams, self.lifetime_years, count)]
-        notes = tuple(f"{device.name}: {note}" for note in footprint.notes)
-        if footprint.omitted:
-            notes += (f"{device.name}: embodied without {', '.join(footprint.omitted)}",)
-        host = host_share(device.name, self.model)
-        if host is None:
-            notes += (f"{device.name}: embodied without the host",)
-        else:
-            holdings.append(Holding(host.grams, self.host_years, count))
-            notes += tuple(f"{device.name}: {note}" for note in host.notes)
-        return Held(grams_per_second(holdings), watts, notes)
+        parts = ", ".join(part for part in hardware.omitted if part != "host")
+        without = (parts, "the host" if "host" in hardware.omitted else "")
+        notes = (*hardware.notes, *(f"embodied without {part}" for part in without if part))
+        return Held(hardware.rate_grams_per_second, watts, tuple(f"{device.name}: {note}" for note in notes))

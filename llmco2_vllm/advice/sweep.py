@@ -99,7 +99,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked. token_budget: vLLM's max_num_batched_tokens. predictor: as the setting of that name."""
+    """What is asked.
+
+    token_budget: vLLM's max_num_batched_tokens. predictor: as the setting of that name. notes: of the advice as well.
+    """
 
     model: ModelSpec
     workload: Workload
@@ -112,6 +115,7 @@ class Question:
     token_budget: int = 8192
     tensor_parallel: Sequence[int] = TENSOR_PARALLEL
     batch_limits: Sequence[int] = BATCH_LIMITS
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ def advise(question: Question, price: Price | None = None, watch: Watch = iter) 
     price = price or partial(predictor_of, question.predictor, question.model)
     rows: list[Row] = []
     infeasible: list[Infeasible] = []
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = dict.fromkeys(question.notes)
     layouts = [(device, size) for device in question.devices for size in question.tensor_parallel]
     for device, size in watch(layouts):
         held = question.ownership.of(device, size)

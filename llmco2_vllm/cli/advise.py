@@ -25,6 +25,7 @@ from llmco2_vllm.cli.progress import watched
 from llmco2_vllm.core.embodied import LIFETIME_YEARS, MODELS
 from llmco2_vllm.core.hardware import DeviceSpec, device_by_name, device_names
 from llmco2_vllm.core.model import ModelSpec
+from llmco2_vllm.grid.regions import region as find_region
 from llmco2_vllm.telemetry.accounting import Node
 
 
@@ -32,7 +33,8 @@ from llmco2_vllm.telemetry.accounting import Node
 @click.option("--model", required=True, type=click.Path(exists=True, path_type=Path), help="config.json or its folder.")
 @click.option("--workload", required=True, help="azure-conv, azure-code, or a CSV or JSONL file of requests.")
 @click.option("--devices", required=True, help="Devices of the catalog, with commas: h100-sxm,l4; or all.")
-@click.option("--zones", default="WORLD", show_default=True, help="Grid zones, with commas: FR,DE,US-CAL-CISO.")
+@click.option("--zones", help="Grid zones, with commas: FR,DE,US-CAL-CISO. [WORLD]")
+@click.option("--region", help="Cloud region instead of zones: aws:eu-west-3. Its PUE is taken, where one is known.")
 @click.option("--slo", default="", help="Upper bounds on means, in s or ms: ttft=1,tpot=50ms,latency=20.")
 @click.option("--intensity-file", multiple=True, help="ZONE=FILE, hourly: adds the best and worst hour of the day.")
 @click.option("--tp", "sizes", default="1,2,4,8", show_default=True, help="Tensor-parallel sizes, with commas.")
@@ -44,8 +46,9 @@ from llmco2_vllm.telemetry.accounting import Node
 @click.option("--embodied", default="product", show_default=True, type=click.Choice(MODELS), help="Embodied model.")
 @click.option("--lifetime-years", default=4.0, type=FiniteRange(*LIFETIME_YEARS), show_default=True, help="Of devices.")
 @click.option("--host-lifetime-years", type=FiniteRange(*LIFETIME_YEARS), help="Of their hosts. [as --lifetime-years]")
-@click.option("--pue", default=1.0, type=FiniteRange(1, 5), show_default=True)
+@click.option("--pue", type=FiniteRange(1, 5), help="Power usage effectiveness. [that of --region, else 1]")
 @click.option("--node-overhead", type=FiniteRange(0, 5), help="Host as a fraction of device energy.")
+@click.option("--auxiliary", type=FiniteRange(0, 5), help="Fans, network, losses as a fraction of devices and host.")
 @click.option("--predictor", default="gnn", show_default=True, help="gnn, roofline, or a bundle file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every row.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the Pareto front into this image.")
@@ -72,24 +75,37 @@ def command(as_json: bool, plot: Path | None, against: str, by: str, **options: 
     _show(question, found, by)
 
 
-def _question(model: Path, workload: str, devices: str, zones: str, **options: Any) -> Question:
+def _question(model: Path, workload: str, devices: str, **options: Any) -> Question:
     """What was asked for. Raises OSError, and ValueError in one line that names the option's value."""
     files = dict(_zone_file(text) for text in options["intensity_file"])
     names = device_names() if devices.strip() == "all" else _words(devices, "devices")
+    zones = _zones(options["zones"], options["region"])
+    named = None if options["region"] is None or options["pue"] is not None else find_region(options["region"])
+    pue, source = (options["pue"], None) if named is None else (named.pue, named.pue_source)
     return Question(
         model=ModelSpec.from_config(model_config(model)),
         workload=open_workload(workload),
         devices=list({spec.name: spec for spec in map(device_by_name, names)}.values()),
-        zones=zone_intensities(_words(zones, "zones"), files),
+        zones=zone_intensities(zones, files),
         slo=Slo.parse(options["slo"]),
         ownership=Ownership(
             options["hold"], options["embodied"], options["lifetime_years"], options["host_lifetime_years"]
         ),
-        site=Node.stated(options["pue"], options["node_overhead"], None),
+        site=Node.stated(pue, options["node_overhead"], options["auxiliary"], source),
         predictor=options["predictor"],
         token_budget=options["token_budget"],
         tensor_parallel=_sizes(options["sizes"]),
+        notes=() if named is None or named.pue_note is None else (named.pue_note,),
     )
+
+
+def _zones(zones: str | None, region: str | None) -> tuple[str, ...]:
+    """The zones to compare. Raises ValueError for zones beside a region."""
+    if region is None:
+        return _words("WORLD" if zones is None else zones, "zones")
+    if zones is not None:
+        raise ValueError(f"region={region!r} and zones={zones!r} are both there; allowed: one of them")
+    return (find_region(region).zone,)
 
 
 def _words(text: str, option: str) -> tuple[str, ...]:
@@ -146,7 +162,11 @@ def document(question: Question, found: Advice, by: str) -> dict[str, Any]:
     """All of an advice, for JSON; what is not known is left out."""
     ownership, site = question.ownership, question.site
     chosen = best(found.rows, by).values()
-    overhead = {} if site.host_ratio is None else {"node_overhead_ratio": site.host_ratio}
+    added = {
+        "pue_source": site.pue_source,
+        "node_overhead_ratio": site.host_ratio,
+        "auxiliary_ratio": site.auxiliary_ratio,
+    }
     return {
         "schema": "llmco2-advice/1",
         "basis": "predicted",
@@ -159,7 +179,7 @@ def document(question: Question, found: Advice, by: str) -> dict[str, Any]:
             "lifetime_years": ownership.lifetime_years,
             "host_lifetime_years": ownership.host_years,
         },
-        "site": {"pue": site.pue, **overhead},
+        "site": {"pue": site.pue or 1.0, **{key: value for key, value in added.items() if value is not None}},
         "zones": [_zone_document(zone) for zone in question.zones],
         "best_by": by,
         "best": [row.to_dict() for row in chosen],

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from llmco2_vllm.assemble import model_config, predictor_of
 from llmco2_vllm.cli.failures import one_line_failures
+from llmco2_vllm.cli.options import FiniteRange
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import Topology, device_by_name, device_names
 from llmco2_vllm.core.model import ModelSpec
@@ -87,17 +88,15 @@ class Deployment:
 @click.option("--trace", type=_FILE, help="Requests served: CSV with t_s, input_tokens, output_tokens.")
 @click.option("--rounds", type=_LIMIT, help=f"{ROUNDS} without a budget.")
 @click.option("--per-round", default=6, type=_LIMIT, show_default=True, help="Step mixes to measure before learning.")
-@click.option("--budget-minutes", type=click.FloatRange(0, min_open=True), help="No step mix begins after so long.")
-@click.option(
-    "--target-error", default=0.0, type=click.FloatRange(0), help="Stop at this mean relative error: 0.05 is 5 %."
-)
+@click.option("--budget-minutes", type=FiniteRange(0, min_open=True), help="No step mix begins after so long.")
+@click.option("--target-error", default=0.0, type=FiniteRange(0), help="Stop at this mean relative error: 0.05 is 5 %.")
 @click.option("--max-num-seqs", default=256, type=_LIMIT, show_default=True, help="As given to vllm serve, or less.")
 @click.option("--max-num-batched-tokens", default=8192, type=_LIMIT, show_default=True, help="As given, or less.")
 @click.option("--max-model-len", type=click.IntRange(3), help="Less than the server's.")
 @click.option("--kv-capacity-tokens", type=_LIMIT, help="Less than the server's.")
 @click.option("--decode-steps", default=64, type=click.IntRange(4), show_default=True, help="Of each decode mix.")
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True)
-@click.option("--coverage-share", default=0.2, type=click.FloatRange(0, 1), show_default=True, help="For rare steps.")
+@click.option("--coverage-share", default=0.2, type=FiniteRange(0, 1), show_default=True, help="For rare steps.")
 @click.option("--busy-ok", is_flag=True, help="Measure although other requests run.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The calibration to write.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import click
@@ -19,3 +20,12 @@ class FiniteRange(click.FloatRange):
                 f"{value} is not possible; allowed: a finite number in the range {self._describe_range()}.", param
             )
         return number
+
+
+def http_url(text: str) -> str:
+    """The address of a page, without the anchor of a section. Raises BadParameter, which says what is allowed."""
+    if not re.fullmatch(r"https?://[^\s#/?]+[^\s#]*", text):
+        raise click.BadParameter(
+            f"{text!r} is not possible; allowed: http://HOST/... or https://HOST/..., no # or blank"
+        )
+    return text

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmco2_vllm.assemble import model_config, predictor_of
+from llmco2_vllm.cli.options import FiniteRange
 from llmco2_vllm.core.estimate import Predictor
 from llmco2_vllm.core.hardware import Topology, device_by_name
 from llmco2_vllm.core.model import ModelSpec
@@ -63,7 +64,7 @@ class Plan:
 )
 @click.option("--count", default=20, type=_LIMIT, show_default=True, help="Steps to propose.")
 @click.option("--seed", default=0, type=click.IntRange(0), show_default=True)
-@click.option("--coverage-share", default=0.2, type=click.FloatRange(0, 1), show_default=True, help="For rare steps.")
+@click.option("--coverage-share", default=0.2, type=FiniteRange(0, 1), show_default=True, help="For rare steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool, **options: Any) -> None:
     """Say which steps to measure next, where error x traffic is largest and where nothing was measured."""

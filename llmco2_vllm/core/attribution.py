@@ -84,7 +84,8 @@ class WindowAccount:
 class MeteredTotals:
     """Cumulative joules of all devices since start; metered = attributed + idle + sleeping + unattributed.
 
-    unmetered_windows, unmetered_seconds: of windows whose energy the meter did not know.
+    unmetered_windows, unmetered_seconds: of windows whose energy the meter did not know. dropped_windows: that waited
+    for a step to close until there were too many; their energy is in unattributed.
     """
 
     metered_joules: float = 0.0
@@ -96,6 +97,7 @@ class MeteredTotals:
     windows: int = 0
     doubtful_windows: int = 0
     unmetered_windows: int = 0
+    dropped_windows: int = 0
 
 
 class _Idle:
@@ -142,6 +144,7 @@ class Attributor:
 
     def __init__(self, idle_power_watts: Sequence[float]) -> None:
         self.totals = MeteredTotals()
+        self.recent_ratio = 1.0
         self._idle = [_Idle(watts) for watts in idle_power_watts]
         self._ratios = [_Ratio() for _ in idle_power_watts]
         self._windows: list[deque[MeterWindow]] = [deque() for _ in idle_power_watts]
@@ -158,11 +161,6 @@ class Attributor:
     def devices(self) -> int:
         """Devices of the engine."""
         return len(self._windows)
-
-    @property
-    def recent_ratio(self) -> float:
-        """Measured over predicted energy of the recent past, mean of the devices; 1 while unknown."""
-        return sum(ratio.value for ratio in self._ratios) / len(self._ratios)
 
     def idle_power_watts(self, activity: Activity = Activity.AWAKE) -> float:
         """Idle power of all devices together, learned or by the data sheet."""
@@ -229,7 +227,13 @@ class Attributor:
         queue = self._windows[window.device]
         queue.append(window)
         if len(queue) > MOST_WAITING:
-            self._nobodys(queue.popleft().energy_joules or 0.0)
+            self._drop(queue.popleft())
+
+    def _drop(self, window: MeterWindow) -> None:
+        totals = self.totals
+        totals.dropped_windows += 1
+        totals.unmetered_seconds += window.duration_seconds * (window.energy_joules is None)
+        self._nobodys(window.energy_joules or 0.0)
 
     def _nobodys(self, joules: float) -> None:
         self.totals.metered_joules += joules
@@ -267,8 +271,8 @@ class Attributor:
     def settled(self, now_seconds: float, most: int = ALL) -> list[Step]:
         """Steps no further window can touch, in order; what no window covers is left to prediction.
 
-        Enough of them to charge ``most`` requests by themselves, counting a step as one; but two, or there would be more
-        and more where one is found for each that comes.
+        Enough of them to charge ``most`` requests by themselves, counting a step as one; but two, or there would be
+        more and more where one is found for each that comes.
         """
         found: list[Step] = []
         if self._inside is not None:
@@ -326,6 +330,7 @@ class Attributor:
         used = ratios.plausible(max(ratio, 0.0))
         if window.doubt in LEARNABLE:
             ratios.learn(used * predicted, predicted, busy)
+            self.recent_ratio = sum(ratio.value for ratio in self._ratios) / len(self._ratios)
         return used
 
     def _without_given_up(self, window: MeterWindow) -> MeterWindow:

@@ -7,6 +7,7 @@ decode by the difference of running sums, as in ``ledgers.py``, all others step 
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterable
 from enum import IntEnum
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from llmco2_vllm.core.steps import Step
 
 Quantities = tuple[float, float, float, float]
+_NOTHING = array("d", (0.0, 0.0, 0.0, 0.0))
 
 
 class Turn(IntEnum):
@@ -55,12 +57,15 @@ class Sums(NamedTuple):
 
     steps: int
     covered: float
-    joules: tuple[float, ...]
+    joules: array[float]
 
-    def since(self, begin: Sums, offset: int) -> list[float]:
-        """The quantities of a request since ``begin``; its context is ``offset`` ahead of the steps."""
+    def add_since(self, begin: Sums, offset: int, to: array[float]) -> None:
+        """Add the quantities of a request since ``begin``; its context is ``offset`` ahead of the steps."""
         x, y = self.joules, begin.joules
-        return [x[i] - y[i] + offset * (x[i + 1] - y[i + 1]) + x[i + 2] - y[i + 2] for i in (0, 3, 6, 9)]
+        to[0] += x[0] - y[0] + offset * (x[1] - y[1]) + x[2] - y[2]
+        to[1] += x[3] - y[3] + offset * (x[4] - y[4]) + x[5] - y[5]
+        to[2] += x[6] - y[6] + offset * (x[7] - y[7]) + x[8] - y[8]
+        to[3] += x[9] - y[9] + offset * (x[10] - y[10]) + x[11] - y[11]
 
 
 class _Running:
@@ -69,14 +74,14 @@ class _Running:
     def __init__(self) -> None:
         self.steps = 0
         self.covered = 0.0
-        self._joules = [0.0] * 12
+        self._joules = array("d", [0.0] * 12)
         self._moment: Sums | None = None
 
     @property
     def now(self) -> Sums:
         """The sums at this moment; the same object until a step is added."""
         if self._moment is None:
-            self._moment = Sums(self.steps, self.covered, tuple(self._joules))
+            self._moment = Sums(self.steps, self.covered, self._joules[:])
         return self._moment
 
     def add(self, step: Step, ratios: Quantities) -> None:
@@ -120,7 +125,8 @@ class Account:
     )
 
     def __init__(self) -> None:
-        self.prefill, self.decode = [0.0] * 4, [0.0] * 4
+        # Arrays lie in one place: an account is looked at when the caches have long forgotten it.
+        self.prefill, self.decode = _NOTHING[:], _NOTHING[:]
         self.steps = 0
         self.covered_steps = self.recomputed_joules = self.rejected_draft_joules = 0.0
         self.entered: Sums | None = None
@@ -143,8 +149,7 @@ class Account:
         begin = self.entered
         if begin is None or begin is now:
             return
-        for place, joules in enumerate(now.since(begin, self.offset)):
-            self.decode[place] += joules
+        now.add_since(begin, self.offset, self.decode)
         self.steps += now.steps - begin.steps
         self.covered_steps += now.covered - begin.covered
         self.entered = now

@@ -229,6 +229,8 @@ class Inside:
             if first >= end:
                 return True
             if not step.sealed:
+                if step.open_executions:
+                    continue  # scheduled before the window's end; it begins behind it
                 step.sealed = True
                 step.pace_ratio = self._pace.of(step)
             if begin <= first < last <= end:

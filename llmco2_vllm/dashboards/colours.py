@@ -26,6 +26,7 @@ _FAULTS: Final = {
     Doubt.NOT_SUPPORTED: "super-light-yellow",
     Doubt.INTEGRATED_POWER: "super-light-blue",
     Doubt.LAG_LEARNT: "text",
+    Doubt.OVERFLOWED: "semi-dark-green",
 }
 COLOURS: Final = {
     "prefill": "blue",

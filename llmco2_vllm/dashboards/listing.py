@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from llmco2_vllm.dashboards.dashboard import TITLE, dashboard
 from llmco2_vllm.dashboards.panels import Json
 from llmco2_vllm.dashboards.promql import families
-from llmco2_vllm.dashboards.rules import ALERTS, RECORDS
+from llmco2_vllm.dashboards.rules import ALERTS, RECORDS, RUNBOOKS
 from llmco2_vllm.telemetry.metric_table import METRICS
 
+# The list lies beside the runbooks.
+BESIDE: Final = RUNBOOKS.rpartition("/")[2]
 _HEAD = """\
 # Metrics
 
@@ -41,8 +44,8 @@ _LABELS = {
 }
 
 
-def metrics_page() -> str:
-    """The page. Raises KeyError for a label without a meaning."""
+def metrics_page(runbooks: str = BESIDE) -> str:
+    """The page. runbooks: path or URL of theirs. Raises KeyError for a label without a meaning."""
     shown = _panels_by_family(dashboard()["panels"])
     metrics = [
         (
@@ -76,7 +79,7 @@ def metrics_page() -> str:
                         alert.severity,
                         alert.lasting,
                         f"`{alert.expression}`",
-                        f"[runbook]({_beside(alert.runbook)})",
+                        f"[runbook]({alert.runbook(runbooks)})",
                     )
                     for alert in ALERTS
                 ],
@@ -91,10 +94,6 @@ def _panels_by_family(panels: Iterable[Json]) -> dict[str, list[str]]:
         for name in families(target["expr"] for target in panel.get("targets", ())):
             found.setdefault(name, []).append(panel["title"])
     return found
-
-
-def _beside(runbook: str) -> str:
-    return runbook.rpartition("/")[2]
 
 
 def _code(words: Iterable[str]) -> str:

@@ -151,7 +151,7 @@ def information(title: str, text: str, query: str, labels: Mapping[str, str]) ->
 
 
 def states(title: str, text: str, queries: Sequence[Query], words: Mapping[str, tuple[str, str]]) -> Json:
-    """Which state it was in; words: value to (text, colour)."""
+    """Which state it was in; words: value to (text, colour). NaN reads "unknown", in no colour that judges."""
     panel = _panel("state-timeline", title, text, queries)
     mapped = {
         value: {"text": word, "color": colour, "index": place}
@@ -159,7 +159,7 @@ def states(title: str, text: str, queries: Sequence[Query], words: Mapping[str, 
     }
     panel["fieldConfig"]["defaults"] |= {
         "color": {"fixedColor": "text", "mode": "fixed"},
-        "mappings": [{"type": "value", "options": mapped}],
+        "mappings": [{"type": "value", "options": mapped}, _special("nan", "unknown", len(mapped))],
     }
     panel["options"] = {
         "alignValue": "left",

@@ -44,10 +44,9 @@ class Alert(NamedTuple):
     summary: str
     description: str
 
-    @property
-    def runbook(self) -> str:
-        """Where to read what to do."""
-        return f"{RUNBOOKS}#{self.name.lower()}"
+    def runbook(self, page: str = RUNBOOKS) -> str:
+        """Where to read what to do, on a page of runbooks."""
+        return f"{page}#{self.name.lower()}"
 
 
 def _rate(counter: str, by: str, window: str = "5m", matchers: str = "") -> str:
@@ -174,8 +173,8 @@ def recording_document() -> dict[str, Any]:
     return {"groups": [{"name": "llmco2_recording", "interval": _INTERVAL, "rules": rules}]}
 
 
-def alert_document() -> dict[str, Any]:
-    """The alert rules as Prometheus reads them."""
+def alert_document(runbooks: str = RUNBOOKS) -> dict[str, Any]:
+    """The alert rules as Prometheus reads them. runbooks: path or URL of the page that they refer to."""
     rules = [
         {
             "alert": alert.name,
@@ -185,7 +184,7 @@ def alert_document() -> dict[str, Any]:
             "annotations": {
                 "summary": alert.summary,
                 "description": alert.description,
-                "runbook_url": alert.runbook,
+                "runbook_url": alert.runbook(runbooks),
             },
         }
         for alert in ALERTS

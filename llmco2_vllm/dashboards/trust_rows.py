@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from llmco2_vllm.dashboards.panels import Json, heatmap, information, judged, lines, stat, states, without_sparkline
 from llmco2_vllm.dashboards.promql import RATE, increase, rate, ratio, select, told, total
@@ -11,6 +12,7 @@ from llmco2_vllm.dashboards.series import (
     BIAS,
     CARBON,
     CHARGED,
+    COVERAGE,
     DRIFT_RATIO,
     ENERGY,
     G_PER_KWH,
@@ -20,6 +22,9 @@ from llmco2_vllm.dashboards.series import (
     Placed,
     hourly,
 )
+
+# Thresholds of the coverage.
+_COVERED: Final = (("red", None), ("orange", 0.5), ("green", 0.9))
 
 
 def grid() -> Iterator[Placed]:
@@ -67,7 +72,7 @@ def trust() -> Iterator[Placed]:
     drift = lines("Drift: bias of the prediction", text, bias, "percentunit", **about_zero)
     outside = (("red", None), ("transparent", -DRIFT_RATIO), ("red", DRIFT_RATIO))
     yield judged(drift, *outside), 12, 8
-    yield from ((panel, 8, 7) for panel in _trust_over_time())
+    yield from ((panel, 6, 7) for panel in _trust_over_time())
     labels = {
         "instance": "Instance",
         "model_name": "Model",
@@ -87,10 +92,11 @@ def _trust_tiles() -> Iterator[Json]:
     residual = total("sum", "llmco2_conservation_residual_joules")
     yield stat(
         "Coverage",
-        "Part of the energy charged to requests that windows of the meter cover; the rest is predicted.",
+        "Part of the energy charged to requests, of all engines together, that windows of the meter cover; the rest is "
+        "predicted.",
         told(rate(ENERGY), CHARGED),
         "percentunit",
-        (("red", None), ("orange", 0.5), ("green", 0.9)),
+        _COVERED,
     )
     yield stat(
         "Conservation residual",
@@ -117,6 +123,9 @@ def _trust_tiles() -> Iterator[Json]:
 
 
 def _trust_over_time() -> Iterator[Json]:
+    text = "Part of the energy of each engine's recent steps that windows of its meter cover; nothing where none ran."
+    covered = [(total("min", COVERAGE, by="instance, engine"), "{{instance}} · engine {{engine}}")]
+    yield judged(lines("Coverage by engine", text, covered, "percentunit", axisSoftMax=1), *_COVERED)
     engine = "{{instance}}/{{engine}}"
     words = {"0": ("off", "red"), "1": ("on", "green")}
     yield states(

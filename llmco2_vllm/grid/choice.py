@@ -18,11 +18,11 @@ from llmco2_vllm.grid.feed import Feed
 from llmco2_vllm.grid.keys import Key
 from llmco2_vllm.grid.live import LiveProvider, Patience
 from llmco2_vllm.grid.provider import Provider
-from llmco2_vllm.grid.regions import region
+from llmco2_vllm.grid.regions import zone_of
 from llmco2_vllm.grid.series import SeriesProvider
 from llmco2_vllm.grid.server import TIMEOUT_SECONDS, Server
 from llmco2_vllm.grid.stated import ConstantProvider, TableProvider
-from llmco2_vllm.grid.zones import WORLD, check_zone
+from llmco2_vllm.grid.zones import WORLD
 
 PROVIDERS = ("constant", "static", "file", "electricity-maps", "watttime", "uk-carbon-intensity")
 BASE_URLS = {
@@ -84,10 +84,7 @@ def _zone(choice: GridChoice) -> str | None:
                 f"zone={choice.zone!r} is not possible; allowed: a region of WattTime, such as CAISO_NORTH"
             )
         return choice.zone
-    if choice.zone is not None and choice.region is not None:
-        raise ValueError(f"region={choice.region!r} and zone={choice.zone!r} are both there; allowed: one of them")
-    named = region(choice.region).zone if choice.region is not None else choice.zone
-    return None if named is None else check_zone(named)
+    return zone_of(choice.zone, choice.region)
 
 
 def _first(

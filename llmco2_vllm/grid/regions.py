@@ -42,10 +42,28 @@ class Region:
     pue_year: int | None = None
     pue_scope: str | None = None
 
+    @property
+    def pue_note(self) -> str | None:
+        """The PUE, who says so and of what; None without one."""
+        if self.pue is None:
+            return None
+        return f"PUE {self.pue:g} of {self.provider}:{self.region}: {self.pue_source}, {self.pue_scope}."
+
 
 def region(name: str) -> Region:
     """The region called ``provider:region``: aws:eu-west-3. Raises ValueError that names near ones."""
     return find(name, shipped_regions())
+
+
+def zone_of(zone: str | None, region_name: str | None) -> str | None:
+    """The zone that is asked for by itself or by a region in it; None where neither is.
+
+    Raises ValueError for both of them, and for one that is not known.
+    """
+    if zone is not None and region_name is not None:
+        raise ValueError(f"region={region_name!r} and zone={zone!r} are both there; allowed: one of them")
+    named = zone if region_name is None else region(region_name).zone
+    return None if named is None else check_zone(named)
 
 
 def find(name: str, known: Mapping[str, Region]) -> Region:

@@ -26,6 +26,19 @@ class Discovery(NamedTuple):
     name: str
     reason: str | None
 
+    def now(self) -> tuple[str, str]:
+        """(name, reason) of this moment: a driver may have answered or refused since, and devices come and go.
+
+        The name is ``none`` while no meter is open. The reason is empty while energy is known; a meter that is open
+        and knows none, as that of a lost device, keeps its name. For any thread, and cheap.
+        """
+        if self.sampler is None:
+            return "none", self.reason or ""
+        fault = self.sampler.fault
+        if fault is None:
+            return self.name, ""
+        return ("none" if self.sampler.name == "none" else self.name), _said(self.name, fault)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -65,9 +78,13 @@ def open_meter(
         return Discovery(sampler, name, f"{name} did not answer within {search.answer_seconds:g} s; still waiting")
     if sampler.name == "none":
         sampler.stop(0.0)
-        reason = sampler.reason or ""
-        return Discovery(None, "none", reason if reason.lower().startswith(name) else f"{name}: {reason}")
+        return Discovery(None, "none", _said(name, sampler.reason or ""))
     return Discovery(sampler, name, None)
+
+
+def _said(name: str, reason: str) -> str:
+    """A reason that says whose it is."""
+    return reason if reason.lower().startswith(name) else f"{name}: {reason}"
 
 
 def _opener(name: str, devices: Sequence[str | int] | None, search: Search) -> Callable[[], Sequence[Meter]]:

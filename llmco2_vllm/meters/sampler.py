@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmco2_vllm.core.metering import Doubt, MeterWindow
+from llmco2_vllm.core.metering import Doubt
 from llmco2_vllm.meters.activity import EngineActivity
 from llmco2_vllm.meters.base import (
     DeviceLostError,
@@ -28,12 +28,11 @@ from llmco2_vllm.meters.base import (
     Vitals,
 )
 from llmco2_vllm.meters.edges import COARSE_SECONDS, CallLimit
+from llmco2_vllm.meters.window_queue import WindowQueue
 from llmco2_vllm.meters.windows import DeviceTrack, WindowRules, energy_between
 
 logger = logging.getLogger("vllm.llmco2")
 
-# An hour of windows of one device: what is left when nobody takes them.
-CAPACITY = 36_000
 VITALS_SECONDS = 1.0
 VITALS_CALLS = 2
 NO_VITALS = Vitals()
@@ -42,6 +41,8 @@ MOST_BACK_OFF_SECONDS = 30.0
 SUSPENDED_SECONDS = 0.1
 # Readings that may fail one after the other before the device counts as lost.
 MOST_SKIPPED = 10
+# A device is looked at about once a second at least; if it was not for so long, a driver keeps the thread waiting.
+SILENT_SECONDS = 5.0
 # How long stop() may have to wait for the thread.
 MOST_SLEEP_SECONDS = 0.25
 CROSS_CHECK_SECONDS = 5.0
@@ -113,6 +114,13 @@ class _Device:
         for _ in range(calls):
             self.limit.note(now)
 
+    def silence(self, now: float) -> str | None:
+        """Why its energy is not known just now; None while it is."""
+        if self.track.source == "none":
+            return self.track.blind_doubt.value or None  # opened a moment ago
+        silent = self.read_at is not None and now - self.read_at > SILENT_SECONDS
+        return "its driver does not answer" if silent else None
+
     def retreat(self, now: float) -> None:
         """Try again later, and later still after that."""
         self.due = now + self.back_off
@@ -122,7 +130,7 @@ class _Device:
 class EdgeSampler:
     """Windows of all devices of one engine.
 
-    ``windows``: taken from the left by the scheduler thread (``popleft``); the last ``CAPACITY`` are kept.
+    ``windows``: taken from the left by the scheduler thread (``popleft``).
     ``activity``: told by the scheduler thread when steps run and when not.
     """
 
@@ -133,7 +141,7 @@ class EdgeSampler:
         rules: WindowRules | None = None,
         activity: EngineActivity | None = None,
     ) -> None:
-        self.windows: deque[MeterWindow] = deque(maxlen=CAPACITY)
+        self.windows = WindowQueue()
         self.activity = activity or EngineActivity()
         self.reason: str | None = None  # why no meter is open
         self.answered = threading.Event()  # the first attempt to open is over
@@ -174,6 +182,15 @@ class EdgeSampler:
         """Kind of meter that is open, ``none`` while none is."""
         return self._devices[0].meter.name if self._devices else "none"
 
+    @property
+    def fault(self) -> str | None:
+        """Why energy is not known just now; None while every device is read, by its counter or its power."""
+        if not self._devices:
+            return self.reason or "no answer yet"
+        now = self._timing.clock()
+        told = [f"device {device.track.device}: {why}" for device in self._devices if (why := device.silence(now))]
+        return "; ".join(told) or None
+
     def energy_between(
         self, begin_seconds: float, end_seconds: float, device: int | None = None
     ) -> tuple[float, float] | None:
@@ -192,7 +209,10 @@ class EdgeSampler:
         return {
             "meter": self.name,
             "reason": self.reason,
+            "fault": self.fault,
             "alive": thread is not None and thread.is_alive(),
+            "waiting_windows": len(self.windows),
+            "joined_windows": self.windows.overflowed.total(),
             "exceptions": self._exceptions,
             "restarts": self._restarts,
             "thread_ratio": self._thread_seconds / elapsed if elapsed and elapsed > 0 else None,
@@ -203,6 +223,7 @@ class EdgeSampler:
         track, identity = device.track, device.track.identity
         line, now = track.pace.line, self._timing.clock()
         basis = {"counter": "counter", "power": identity.power_basis}.get(track.source, "none")
+        faults = track.faults + Counter({Doubt.OVERFLOWED: self.windows.overflowed[track.device]})
         return {
             "name": identity.model_name,
             "uuid": identity.uuid,
@@ -219,7 +240,7 @@ class EdgeSampler:
             "power_watts": track.power_watts,
             "temperature_celsius": device.vitals.temperature_celsius,
             "sm_clock_mhz": device.vitals.sm_clock_mhz,
-            "faults": {doubt.value: track.faults[doubt] for doubt in Doubt if track.faults[doubt]},
+            "faults": {doubt.value: faults[doubt] for doubt in Doubt if faults[doubt]},
             "skipped": device.skipped,
             "cross_check_ratio": device.check.ratio,
         }

@@ -15,6 +15,7 @@ from llmco2_vllm.core.metering import Doubt, MeterWindow
 from llmco2_vllm.meters.activity import EngineActivity, LagLearner
 from llmco2_vllm.meters.base import DeviceIdentity, Reading
 from llmco2_vllm.meters.edges import WINDOW_SECONDS, Edge, Pace
+from llmco2_vllm.meters.trial import TRIAL_SECONDS, Trial
 
 RING_WINDOWS = 4096
 POWER_POLL_SECONDS = 0.05
@@ -75,14 +76,16 @@ class DeviceTrack:
         self._idle_watts: deque[float] = deque(maxlen=MEMORY)
         self._busy_watts: deque[float] = deque(maxlen=MEMORY)
         self._watts: deque[float] = deque(maxlen=MEMORY)
-        self._refused = False  # the counter froze: not believed until the device is opened anew
+        # The counter froze: not believed until it has stood its trial, or the device is opened anew.
+        self._trial: Trial | None = None
+        self._freezes = 0
         self._reopened = False
         self._last: Reading | None = None
         # The open window: since when, counter value there, sigma of that time, integrated joules, what is wrong.
         self._since: float | None = None
         self._base: float | None = None
         self._sigma = 0.0
-        self._slice = 0.0
+        self._slice = self._integrated_until = 0.0
         self._blind = Doubt.NONE
         self._doubt = Doubt.NONE
         self._value: float | None = None
@@ -96,14 +99,16 @@ class DeviceTrack:
         now = reading.time_seconds
         if last is not None and now - last.time_seconds > self._gap_seconds:
             self._suspect(Doubt.GAP)
-        if reading.energy_joules is not None and not self._refused:
+        if self._trial is not None and self._trial.passed(reading):
+            self._trial, self._blind = None, self._blind or Doubt.FROZEN
+        if reading.energy_joules is not None and self._trial is None:
             self._count(now, reading.energy_joules)
             self.due = self.pace.due
         elif reading.power_watts is not None and isfinite(reading.power_watts):
             self._integrate(last, now, reading.power_watts)
             self.due = now + POWER_POLL_SECONDS
         else:
-            self.blind(now, Doubt.FROZEN if self._refused else Doubt.NOT_SUPPORTED)
+            self.blind(now, Doubt.NOT_SUPPORTED if self._trial is None else Doubt.FROZEN)
             self.due = now + BLIND_SECONDS
 
     def blind(self, now: float, doubt: Doubt) -> None:
@@ -119,10 +124,15 @@ class DeviceTrack:
         elif now - self._since >= self._rules.window_seconds:
             self._close(Edge(now, 0.0), None, doubt)
 
+    @property
+    def blind_doubt(self) -> Doubt:
+        """Why the energy of the open window is not known; ``NONE`` while it is, and before the first reading."""
+        return self._blind
+
     def reopened(self, identity: DeviceIdentity) -> None:
         """The device was opened anew: its counter is believed again and may have started anew."""
         changed = identity.scope != self.identity.scope
-        self.identity, self._refused, self._reopened = identity, False, True
+        self.identity, self._trial, self._reopened = identity, None, True
         if changed:
             self.faults[Doubt.SCOPE_CHANGED] += 1
             self._base, self._blind = None, Doubt.SCOPE_CHANGED
@@ -149,7 +159,7 @@ class DeviceTrack:
 
     def _count(self, now: float, joules: float) -> None:
         if self.source != "counter":
-            self._leave_power(now)
+            self._leave_power()
             self.source = "counter"
         changed = self._value is not None and joules != self._value
         if self._value is None or changed:
@@ -192,17 +202,19 @@ class DeviceTrack:
         self.lag.forget_edges()
 
     def _check_frozen(self, now: float) -> None:
-        still = now - self._value_since
-        limit = FROZEN_TICKS * max(self.pace.tick_seconds or UNLEARNT_TICK_SECONDS, POWER_POLL_SECONDS)
-        if still > limit and self._activity.is_busy(self._value_since, now):
-            self._refused = True
+        longest = FROZEN_TICKS * max(self.pace.tick_seconds or UNLEARNT_TICK_SECONDS, POWER_POLL_SECONDS)
+        if now - self._value_since > longest and self._activity.is_busy(self._value_since, now):
             self.blind(now, Doubt.FROZEN)
+            # The more often it froze, the longer it has to count: one that keeps freezing is rarely believed.
+            self._freezes += 1
+            seen = (*self._idle_watts, *self._busy_watts)
+            self._trial = Trial(TRIAL_SECONDS * self._freezes, longest, (min(seen), max(seen)) if seen else None)
 
     # Integrated power.
 
     def _integrate(self, last: Reading | None, now: float, watts: float) -> None:
         if self.source != "power":
-            if self.source == "counter" and not self._refused:
+            if self.source == "counter":
                 self.faults[Doubt.NOT_SUPPORTED] += 1
                 self._close(Edge(now, 0.0), None, Doubt.NOT_SUPPORTED)
             elif self._since is not None:
@@ -213,6 +225,7 @@ class DeviceTrack:
         elif last is not None and last.power_watts is not None:
             self._slice += (last.power_watts + watts) / 2 * (now - last.time_seconds)
         self._watts.append(watts)
+        self._integrated_until = now
         if self._since is not None and now - self._since >= self._rules.window_seconds:
             self._close_slice(now)
 
@@ -221,10 +234,11 @@ class DeviceTrack:
         self._close(Edge(now, 0.0), None if gap else self._slice, self._doubt or Doubt.INTEGRATED_POWER)
         self._slice = 0.0
 
-    def _leave_power(self, now: float) -> None:
-        if self.source == "power" and self._since is not None and now > self._since:
-            self._close(Edge(now, 0.0), self._slice, Doubt.INTEGRATED_POWER)
-            self._blind = Doubt.NOT_SUPPORTED
+    def _leave_power(self) -> None:
+        """From the last reading of power to the first edge nothing is known."""
+        if self.source == "power":
+            self._close(Edge(self._integrated_until, 0.0), self._slice, Doubt.INTEGRATED_POWER)
+            self._blind = self._blind or Doubt.NOT_SUPPORTED
         self._base = self._value = None
         self._slice = 0.0
         self.pace.restart()

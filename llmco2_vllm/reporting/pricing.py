@@ -12,10 +12,9 @@ from llmco2_vllm.core.intensity import Kind, Method, mean_intensity
 from llmco2_vllm.core.units import SECONDS_PER_HOUR
 from llmco2_vllm.grid.chain import Chain
 from llmco2_vllm.grid.choice import GridChoice, open_chain
-from llmco2_vllm.grid.regions import region
+from llmco2_vllm.grid.regions import region, zone_of
 from llmco2_vllm.grid.series import SeriesProvider
 from llmco2_vllm.grid.stated import WORLD_SOURCE, ConstantProvider
-from llmco2_vllm.grid.zones import check_zone
 from llmco2_vllm.reporting.hours import PARTS, Record, RecordedIntensity, Use
 from llmco2_vllm.telemetry.accounting import Node
 
@@ -159,22 +158,16 @@ def open_pricing(choice: SiteChoice, record: Record) -> Pricing:
     market = None if choice.market is None else _market(choice.market, choice)
     if market is None and "market" in recorded and location.method == "average":
         market = _recorded(recorded["market"], "market")
-    notes = []
-    pue = choice.pue
+    pue, notes = choice.pue, []
     if pue is None and choice.region is not None:
         named = region(choice.region)
-        pue = named.pue
-        notes = [f"PUE {pue:g} of {choice.region}: {named.pue_source}, {named.pue_scope}."] if pue else []
+        pue, notes = named.pue, [named.pue_note] if named.pue_note else []
     return Pricing(location, market, Node.stated(pue, choice.node_overhead_ratio, choice.auxiliary_ratio), notes)
 
 
 def _location(choice: SiteChoice) -> Grid:
-    zone = choice.zone
-    if choice.region is not None:
-        if zone is not None:
-            raise ValueError(f"region={choice.region!r} and zone={zone!r} are both there; allowed: one of them")
-        zone = region(choice.region).zone
-    where = f" in {check_zone(zone)}" if zone else ""
+    zone = zone_of(choice.zone, choice.region)
+    where = "" if zone is None else f" in {zone}"
     if choice.file is not None:
         provider = SeriesProvider(choice.file, Kind(zone, choice.method))
         words = f"{choice.file.name}{where}"

@@ -63,7 +63,6 @@ class MeasuredEnergy(_Part):
     upper: Number = Field(description="Upper end of its interval, J")
     prefill: Number | SkipJsonSchema[None] = _optional("Part spent on known tokens, J")
     decode: Number | SkipJsonSchema[None] = _optional("Part spent on sampled tokens, J")
-    idle_share: Number | SkipJsonSchema[None] = _optional("Share of idle energy, J, on top of value")
     host: Number | SkipJsonSchema[None] = _optional("Rest of the node, J, on top of value")
     recomputed: Number | SkipJsonSchema[None] = _optional("Part spent on tokens computed again after a preemption, J")
     rejected_drafts: Number | SkipJsonSchema[None] = _optional("Part spent on draft tokens that were not accepted, J")
@@ -158,7 +157,7 @@ class Annotation(_Part):
     node_overhead: NodeOverhead | SkipJsonSchema[None] = _optional("Rest of the node; absent: devices alone")
     tokens: Tokens
     meter: str = Field(description="Meter in place, none without one")
-    meter_reason: str | SkipJsonSchema[None] = _optional("Why there is no meter")
+    meter_reason: str | SkipJsonSchema[None] = _optional("Why there is no meter, or why it does not measure now")
     coverage_ratio: Number | SkipJsonSchema[None] = _optional("Metered part of energy_joules, 0 to 1")
     predictor: str = Field(description="Method and version of the predictor")
     in_distribution: bool = Field(description="Every step was like those the predictor was calibrated on")

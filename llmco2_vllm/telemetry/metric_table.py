@@ -77,6 +77,9 @@ METRICS: dict[str, Metric] = {
     "llmco2_estimated_energy_joules_total": Metric(
         Counter, "Energy of steps no window covered, predicted at the recent ratio of measured to predicted.", _ENGINE
     ),
+    "llmco2_coverage_ratio": Metric(
+        Gauge, "Share of the energy of the last minutes' steps that windows cover; NaN while there was none.", _ENGINE
+    ),
     "llmco2_aborted_energy_joules_total": Metric(
         Counter, "Part of the measured energy that went to requests whose client left or that failed.", _ENGINE
     ),

@@ -26,13 +26,14 @@ def start_hook(vllm_config: Any) -> EngineHook:
     meter = assemble(settings, describe(vllm_config))
     if not empty_batch_costs_nothing(meter.monitor.predictor):
         raise ValueError(f"predictor {meter.monitor.predictor.name} prices an empty step above zero")
-    provenance = Provenance(meter.monitor.predictor.name, meter.meter, meter.meter_reason)
+    provenance = Provenance(meter.monitor.predictor.name, meter.found.name, meter.found.reason or "")
     origin = Origin(_engine_index(vllm_config), provenance)
     speculative = vllm_config.speculative_config is not None
     hook = EngineHook(meter.monitor, origin, Guard("engine", compat.host_version()), speculative)
+    hook.meter_now = meter.found.now
     hook.states.update(meter.states)
     reason = f" ({provenance.meter_reason})" if provenance.meter_reason else ""
-    asked_in_vain = provenance.meter == "none" and settings.meter not in ("auto", "none")
+    asked_in_vain = meter.found.sampler is None and settings.meter not in ("auto", "none")
     logger.log(
         logging.WARNING if asked_in_vain else logging.INFO,
         "llmco2: predictor %s, device %s, meter %s%s",

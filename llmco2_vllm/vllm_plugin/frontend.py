@@ -289,7 +289,7 @@ class CarbonFrontEnd:
             "utilisation_ratio": accounting.utilisation_ratio,
             "front_end": {"active": self.guard.active, "failures": dict(self.guard.failures)},
             "self_check": self.self_check,
-            "engines": engines,
+            "engines": [{**e, "failures": {where: n for where, n in e["failures"].items() if n}} for e in engines],
         }
 
     def live_page(self) -> Page | None:
@@ -319,7 +319,7 @@ class CarbonFrontEnd:
 
     async def _record(self) -> None:
         accountant, recorder = self.accountant, self.recorder
-        recorder.failures("front_end", self.guard.failures)
+        recorder.failures("front_end", self.guard.counts)
         snapshots = await self.snapshots()
         # What the counters gained since the last pull was used in that time.
         now = accountant.clock()

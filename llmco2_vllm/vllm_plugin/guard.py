@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Final, TypeVar
 
 logger = logging.getLogger("vllm.llmco2")
 T = TypeVar("T")
 
+# Where each side catches exceptions of ours, by the host's call that we are in or by what we were at.
+PLACES: Final[Mapping[str, tuple[str, ...]]] = {
+    "engine": (
+        *("schedule", "update_from_output", "attach", "free_request", "preempt_request"),
+        *("decide", "tend", "settled", "sleep"),
+    ),
+    "front end": (
+        *("add_request", "receive", "settle", "abort_requests", "from_base", "request_output"),
+        *("request_finished", "request_measured", "remember", "last", "pull", "span"),
+        *("started", "scope", "open_call", "response start", "JSON body", "event stream", "refresh_metrics"),
+        *("/carbon", "/carbon/hook", "/carbon/live", "/carbon/live.json", "/carbon/requests/"),
+    ),
+}
+
 
 class Guard:
-    """Remembers failures of one side (engine or front end). ``active`` turns False at the first."""
+    """Remembers failures of one side (engine or front end). ``active`` turns False at the first.
+
+    failures: how many by place, of the places that failed.
+    """
 
     def __init__(self, side: str, host_version: str) -> None:
         self.side = side
@@ -20,6 +37,11 @@ class Guard:
         self.failures: Counter[str] = Counter()
         self._host_version = host_version
         self._said_off = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Failures of every place from the start: a counter that is born at 1 hides its first from rate()."""
+        return {**dict.fromkeys(PLACES[self.side], 0), **self.failures}
 
     def failed(self, where: str, error: BaseException, switch_off: bool = True) -> None:
         """Count a failure; log the first, and the first that switches off. Never raises."""

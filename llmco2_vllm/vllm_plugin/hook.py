@@ -7,14 +7,14 @@ and O(1) Python in steady decode.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from time import perf_counter, time
 from typing import Any
 
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import StepMonitor
-from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, encode, encode_sums
+from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, Provenance, encode, encode_sums
 from llmco2_vllm.telemetry.metered import METERED_KEY, Metered, encode_metered, metered_of
 from llmco2_vllm.vllm_plugin.guard import Guard
 from llmco2_vllm.vllm_plugin.translate import StepReader
@@ -36,6 +36,8 @@ class EngineHook:
         self.reader = StepReader(monitor, self._joined, speculative)
         # Further parts that tell how they are: the meter, the sample store.
         self.states: dict[str, Callable[[], Any]] = {}
+        # What is true of the meter at this moment: its name, and why it does not measure.
+        self.meter_now: Callable[[], tuple[str, str]] = lambda: origin.provenance[1:]
         self.started_seconds = time()
         self.hook_seconds = 0.0
         # Requests whose ledger goes with their next output, and those with stop strings.
@@ -110,6 +112,7 @@ class EngineHook:
         if not (periodic or self._unsent or self._stopping or self._parked):
             return
         begin = perf_counter()
+        self._follow_meter()
         sums = self._sums_record() if self._stopping else None
         due = bool(self._unsent or self._parked)
         for outputs in (outputs_by_client or {}).values():
@@ -121,6 +124,12 @@ class EngineHook:
                 self._attach_periodic(outputs.outputs)
         self._parked.clear()
         self.hook_seconds += perf_counter() - begin
+
+    def _follow_meter(self) -> None:
+        """Records say what is true of the meter when they are sent: it may be lost and come back."""
+        provenance, now = self.origin.provenance, self.meter_now()
+        if provenance[1:] != now:
+            self.origin = replace(self.origin, provenance=Provenance(provenance.predictor, *now))
 
     def _sums_record(self) -> str:
         sums = self.monitor.book.sums
@@ -153,7 +162,9 @@ class EngineHook:
 
     def _send(self, output: Any, charge: RequestCharge, final: bool, context: int = -1) -> None:
         records = {KEY: encode(charge, self.origin, final, context, self.monitor.seconds_per_joule)}
-        if (metered := self._metered(charge)) is not None:
+        # The first ledger of a request goes alone: no window can have seen it, and its last one is still to come.
+        first = not (final or context >= 0 or charge.account is None or charge.account.steps)
+        if not first and (metered := self._metered(charge)) is not None:
             records[METERED_KEY] = encode_metered(metered)
         _add_headers(output, records)
 
@@ -250,6 +261,7 @@ class EngineHook:
         metering = self.monitor.metering
         if metering is not None:
             self._tend(metering)
+        self._follow_meter()
         return {
             "engine": self.origin.engine,
             "started_seconds": self.started_seconds,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmco2_vllm.core.ledgers import RequestCharge, RequestSlice
+from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 from llmco2_vllm.monitor import StepMonitor
 
 
@@ -73,13 +73,16 @@ class StepReader:
         scheduled: Mapping[str, int] = output.num_scheduled_tokens
         book = self._monitor.book
         decoding = book.decoding
-        others = [item for item in scheduled.items() if item[1] != 1 or item[0] not in decoding]
-        if len(scheduled) - len(others) != len(decoding):
+        others = [(request_id, scheduled[request_id]) for request_id in scheduled if request_id not in decoding]
+        rest = output.total_num_scheduled_tokens - sum([tokens for _, tokens in others])
+        # Most often the decoding requests are all there, with one token each: no need to look at every one.
+        if not len(scheduled) - len(others) == len(decoding) == rest:
             for request_id in [r for r in decoding if scheduled.get(r) != 1]:
                 book.interrupt(request_id)
+            others = [item for item in scheduled.items() if item[0] not in decoding]
         self._steady = None if others else list(scheduled)
         self._others = others
-        return [self._slice(request_id, tokens, requests[request_id]) for request_id, tokens in others]
+        return [self._slice(book, request_id, tokens, requests[request_id]) for request_id, tokens in others]
 
     @property
     def charged_alone(self) -> list[str]:
@@ -96,12 +99,12 @@ class StepReader:
             if charge.computed >= charge.known:
                 book.enter(request_id)
 
-    def _slice(self, request_id: str, tokens: int, request: Any) -> RequestSlice:
+    def _slice(self, book: LedgerBook, request_id: str, tokens: int, request: Any) -> RequestSlice:
         start = int(request.num_computed_tokens) - tokens
-        charge = self._monitor.book.open.get(request_id)
+        charge = book.open.get(request_id)
         if charge is None:
             self._preempted.discard(request_id)
-            charge = self._monitor.book.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
+            charge = book.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
             self._on_join(request_id, request)
         elif charge.computed != start or request_id in self._preempted:
             self._correct(request_id, charge, start, request)

@@ -43,13 +43,14 @@ def checked(carbon: Any) -> dict[str, Any]:
 def checked_metered(carbon: Any) -> dict[str, Any]:
     """The same where NVML is read: what is called measured is covered, and what is not covered is not."""
     found = _lawful(carbon)
-    assert (found["meter"], "meter_reason" in found) == ("nvml", False)
+    assert found["meter"] == "nvml"
     if "coverage_ratio" not in found:
         assert (found["basis"], "energy_joules" in found) == ("predicted", False)
         return found
     covered, energy = found["coverage_ratio"], found["energy_joules"]
     assert 0 < covered <= 1
     assert found["basis"] == ("measured" if covered == 1 else "mixed")
+    assert covered < 1 or "meter_reason" not in found, "a meter that does not measure says why, and no other"
     assert energy["lower"] <= energy["value"] <= energy["upper"]
     assert energy["value"] == approx(energy["prefill"] + energy["decode"], rel=SIX_DIGITS)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import deque
 
 import pytest
@@ -153,7 +154,8 @@ def test_a_charge_without_a_meter_has_no_record() -> None:
 def test_what_ran_after_a_stop_string_is_not_told_to_the_client() -> None:
     settlement, charge = Settlement(deque()), RequestCharge(0, 4, 4)
     charge.account = account = Account()
-    account.prefill, account.decode, account.final = [10.0, 0.0, 1.0, 8.0], [30.0, 4.0, 3.0, 20.0], True
+    account.prefill, account.decode = array("d", [10.0, 0.0, 1.0, 8.0]), array("d", [30.0, 4.0, 3.0, 20.0])
+    account.final = True
     whole, told = (metered_of(charge, settlement, 1.0, share) for share in (1.0, 0.75))
     assert whole is not None and told is not None
     assert told.final and told[1:-1] == pytest.approx([0.75 * value for value in whole[1:-1]])

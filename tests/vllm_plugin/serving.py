@@ -42,6 +42,8 @@ class EagerWindows(deque[MeterWindow]):
 class EagerSampler:
     """In place of the thread that reads a meter, so that a test's few milliseconds hold many windows."""
 
+    fault = None
+
     def __init__(self) -> None:
         self.windows = EagerWindows()
 

@@ -373,3 +373,16 @@ def test_reset_of_the_prefix_cache_replays_running_requests(make_engine: MakeEng
     assert ledger.prefill_tokens == 64 + 68
     assert ledger.decode_tokens == 19
     assert_conserved(engine)
+
+
+def test_records_say_what_is_true_of_the_meter_when_they_are_sent(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    hook = engine.scheduler.llmco2_hook
+    told, said = [], [("nvml", ""), ("nvml", "nvml: device 0: device lost"), ("nvml", "")]
+    for now in said:
+        hook.meter_now = lambda now=now: now
+        engine.scheduler.add_request(make_request(f"r{len(told)}", 20, max_tokens=2))
+        engine.run()
+        told.append(decode(engine.outputs[-1].trace_headers[KEY])[1][1:])
+        assert tuple(hook.snapshot()["provenance"].values())[1:] == now
+    assert told == said

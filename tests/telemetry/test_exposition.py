@@ -1,0 +1,194 @@
+"""Prepared lines: byte for byte what the library writes, whatever happened to the values before."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
+from llmco2_vllm.telemetry.exposition import FAMILIES, leave_out
+
+BOUNDS = (0.5, 1.0, 2.5, 1e6)
+NEGATIVE_BOUNDS = (-1.0, 0.0, 1e16)
+EOF = b"# EOF\n"
+
+
+class Registry(CollectorRegistry):
+    """A registry with a family of ours of each kind."""
+
+    def __init__(self, help_text: str = "Help.", label: str = "label") -> None:
+        super().__init__()
+        self.counter = FAMILIES[Counter]("a_total", help_text, ("z", label), registry=self)
+        self.gauge = FAMILIES[Gauge]("b", help_text, (label,), registry=self)
+        self.histogram = FAMILIES[Histogram]("c", help_text, ("z", label), registry=self, buckets=BOUNDS)
+        self.negative = FAMILIES[Histogram]("d", help_text, (label,), registry=self, buckets=NEGATIVE_BOUNDS)
+        self.empty = FAMILIES[Counter]("e_total", help_text, (label,), registry=self)
+
+
+def scraped(registry: CollectorRegistry, openmetrics: bool = False) -> bytes:
+    """Prepared lines of what the library leaves out."""
+    left_out = leave_out()
+    rest = generate_latest(registry)
+    text = left_out.text(openmetrics)
+    left_out.over = True
+    assert rest == b""
+    return text
+
+
+def assert_as_the_library(registry: CollectorRegistry) -> None:
+    assert scraped(registry) == generate_latest(registry)
+    assert scraped(registry, openmetrics=True) + EOF == generate_openmetrics(registry)
+
+
+numbers = st.floats() | st.integers(-(10**18), 10**18) | st.sampled_from([0.0, -0.0, 1e-4, 1e6, 999999.9999999999])
+amounts = st.floats(0.0) | st.integers(0, 10**18)
+names = st.text(max_size=4) | st.sampled_from(['"', "\\", "\n", "a b", "\r", "\x85", "\u2028", "é", "# HELP a b\n"])
+
+
+def change(action: str, name: str, number: float) -> Callable[[Registry], Any]:
+    """A change of a registry; the names are those of one label, new or not."""
+    return {
+        "count": lambda registry: registry.counter.labels("z", name).inc(abs(number)),
+        "set": lambda registry: registry.gauge.labels(name).set(number),
+        "observe": lambda registry: registry.histogram.labels(name, "x").observe(number),
+        "observe negative": lambda registry: registry.negative.labels(name).observe(number),
+        "look": lambda registry: registry.counter.labels("only", name),
+        "remove": lambda registry: registry.gauge.remove(name),
+        "clear": lambda registry: registry.histogram.clear(),
+        "scrape": assert_as_the_library,
+    }[action]
+
+
+ACTIONS = ("count", "set", "observe", "observe negative", "look", "remove", "clear", "scrape")
+changes = st.lists(st.builds(change, st.sampled_from(ACTIONS), names, numbers), max_size=30)
+
+
+@given(changes, st.text(max_size=8))
+def test_prepared_lines_are_those_of_the_library(changes: Iterable[Callable[[Registry], Any]], help_text: str) -> None:
+    registry = Registry(help_text)
+    for action in changes:
+        action(registry)
+    assert_as_the_library(registry)
+
+
+@given(st.lists(st.floats() | st.floats(1e-5, 1e-3) | st.floats(1e5, 1e7) | st.floats(1e15, 1e17), min_size=1))
+def test_every_number_is_written_as_the_library_does(values: list[float]) -> None:
+    registry = Registry()
+    for place, value in enumerate(values):
+        registry.gauge.labels(str(place)).set(value)
+    assert_as_the_library(registry)
+
+
+@given(st.lists(st.lists(st.integers(0, 10**8), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_buckets_of_any_size_add_up_as_with_the_library(children: list[list[int]]) -> None:
+    registry = Registry()
+    for place, counts in enumerate(children):
+        for bucket, count in zip(registry.histogram.labels(str(place), "x")._buckets, counts, strict=True):
+            bucket.inc(count)
+    assert_as_the_library(registry)
+
+
+def test_a_label_that_comes_for_one_that_went_is_seen() -> None:
+    registry = Registry()
+    for name in ("a", "b"):
+        registry.gauge.labels(name).set(1.0)
+    assert_as_the_library(registry)
+    registry.gauge.remove("a")
+    registry.gauge.labels("c").set(1.0)
+    assert b'label="c"' in scraped(registry)
+    assert_as_the_library(registry)
+
+
+def test_zero_and_minus_zero_and_what_is_not_known_are_told_apart() -> None:
+    registry = Registry()
+    gauge = registry.gauge.labels("a")
+    for value in (0.0, -0.0, math.nan, -math.inf, 0.0):
+        gauge.set(value)
+        assert_as_the_library(registry)
+
+
+def test_a_family_is_written_anew_only_when_it_has_changed() -> None:
+    registry = Registry()
+    registry.counter.labels("z", "a").inc()
+    registry.gauge.labels("a").set(1.0)
+    scraped(registry)
+    counter, gauge = registry.counter.lines().text, registry.gauge.lines().text
+    registry.gauge.labels("a").set(2.0)
+    scraped(registry)
+    assert registry.counter.lines().text is counter
+    assert registry.gauge.lines().text != gauge
+
+
+def test_values_count_on_after_a_scrape_and_the_library_sees_them() -> None:
+    registry = Registry()
+    counter = registry.counter.labels("z", "a")
+    counter.inc(2)
+    scraped(registry)
+    counter.inc(0.5)
+    assert registry.get_sample_value("a_total", {"z": "z", "label": "a"}) == 2.5
+    counter.reset()
+    assert_as_the_library(registry)
+
+
+def test_there_are_no_times_of_birth() -> None:
+    registry = Registry()
+    registry.counter.labels("z", "a").inc()
+    registry.histogram.labels("z", "a").observe(1.0)
+    assert b"_created" not in generate_latest(registry) + generate_openmetrics(registry)
+
+
+def test_a_restricted_registry_and_every_other_consumer_see_our_families() -> None:
+    registry = Registry()
+    registry.gauge.labels("a").set(1.0)
+    assert b"# TYPE b gauge" in generate_latest(registry.restricted_registry(["b"]))
+    assert {metric.name for metric in registry.collect()} == {"a", "b", "c", "d", "e"}
+
+
+async def test_families_are_left_out_in_the_context_of_a_scrape_alone() -> None:
+    registry = Registry()
+    whole = generate_latest(registry)
+    left_out, others = asyncio.Event(), asyncio.Event()
+
+    async def scrape() -> tuple[bytes, bytes, list[Any]]:
+        out = leave_out()
+        left_out.set()
+        await others.wait()
+        texts = await asyncio.to_thread(generate_latest, registry), generate_latest(registry)
+        out.over = True
+        return *texts, list(out.families)
+
+    async def other() -> bytes:
+        await left_out.wait()
+        others.set()
+        return generate_latest(registry)
+
+    (in_thread, in_task, families), elsewhere = await asyncio.gather(scrape(), other())
+    assert (in_thread, in_task, elsewhere) == (b"", b"", whole)
+    assert families == [registry.counter, registry.gauge, registry.histogram, registry.negative, registry.empty]
+
+
+async def test_a_task_that_outlives_the_scrape_it_was_begun_in_sees_our_families() -> None:
+    registry = Registry()
+    go_on = asyncio.Event()
+
+    async def later() -> bytes:
+        await go_on.wait()
+        return generate_latest(registry)
+
+    left_out = leave_out()
+    task = asyncio.create_task(later())
+    left_out.over = True
+    go_on.set()
+    assert await task == generate_latest(registry) != b""
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_is_of_the_kind_it_stands_for(kind: type) -> None:
+    assert issubclass(FAMILIES[kind], kind)
