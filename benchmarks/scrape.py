@@ -1,27 +1,36 @@
-"""Time our series add to a scrape: prometheus_client's text of a registry, with ours and without.
+"""Time our series add to a scrape: by their prepared lines, and by prometheus_client.
 
     python -m benchmarks.scrape [--models 20] [--engines 4] [--rounds 30] [--json]
 
-The registry without ours holds stand-ins for the families that vLLM 0.32 registers, as many series per engine as a
-real scrape has. With ours, every family is filled: on healthy engines, and when all that can fail has failed.
-The two take turns (A B A B); medians. Asking the engines for their figures before a scrape is not part of it.
+The server answers with the text of a host whose families are those vLLM 0.32 registers, made beforehand, and with
+ours. What is timed is the whole answer through the middleware's part for ``/metrics``; less the same of a server
+without ours. All ways take turns (A B C A B C); medians. Before each turn, outside of the time, nothing happens
+(unchanged); or every engine tells of work and finished requests, which moves all that moves on a healthy engine
+(busy); or every kind of fault and failure comes too (failing). Asking the engines for their figures is not part of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from llmco2_vllm.vllm_plugin.scrape import Scrapes
+
 # What an engine of vLLM 0.32 shows in /metrics: counters, gauges, histograms and buckets of one.
 COUNTERS, GAUGES, HISTOGRAMS, BUCKETS = 28, 18, 16, 15
+STATES = ("unchanged", "busy", "failing")
+FULLEST_LEVEL = 9  # of the library
 
 
 def of_the_host(models: int, engines: int) -> CollectorRegistry:
@@ -44,35 +53,86 @@ def of_the_host(models: int, engines: int) -> CollectorRegistry:
     return registry
 
 
-def measure(models: int, engines: int, rounds: int, broken: bool) -> dict[str, float]:
-    """Median milliseconds of a scrape without ours and with, and the series of each."""
-    from tests.dashboards.exposition import full
+class Server:
+    """Answers scrapes; ``ours`` is rendered by the library unless that leaves it out."""
 
-    host, ours = of_the_host(models, engines), full(models, engines, broken)
-    texts = {"without": b"", "ours": b""}
-    laps: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(rounds):
-        for name, registries in (("without", (host,)), ("with", (host, ours))):
-            begin = perf_counter()
-            made = [generate_latest(registry) for registry in registries]
-            laps[name].append(1e3 * (perf_counter() - begin))
-            texts.update(zip(("without", "ours"), made, strict=False))
-    without, with_ours = median(laps["without"]), median(laps["with"])
+    def __init__(self, ours: CollectorRegistry, host_text: bytes, compressed: bool) -> None:
+        self._ours = ours
+        self._compressed = compressed
+        self._host = gzip.compress(host_text) if compressed else host_text
+        self._headers = [(b"content-type", b"text/plain")] + [(b"content-encoding", b"gzip")] * compressed
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """One scrape."""
+        text = generate_latest(self._ours)
+        ours = gzip.compress(text, FULLEST_LEVEL) if self._compressed and text else text
+        length = (b"content-length", str(len(ours) + len(self._host)).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [*self._headers, length]})
+        if ours:
+            await send({"type": "http.response.body", "body": ours, "more_body": True})
+        await send({"type": "http.response.body", "body": self._host})
+
+
+def seconds(answer: Callable[..., Any]) -> tuple[float, bytes]:
+    """Of one scrape, and its body."""
+    from tests.vllm_plugin.asgi import body_of, collecting, nothing, run, scope
+
+    out: list[Any] = []
+    coroutine = answer(scope("/metrics", "GET"), nothing, collecting(out))
+    begin = perf_counter()
+    run(coroutine)
+    return perf_counter() - begin, body_of(out)
+
+
+def measure(models: int, engines: int, rounds: int, state: str) -> dict[str, Any]:
+    """Median milliseconds that ours add, of the lines and of the library, and how many series they are."""
+    from tests.dashboards.exposition import servers, work
+    from tests.vllm_plugin.asgi import FakeFrontEnd
+
+    registry, recorders = servers(models, engines, broken=state == "failing")
+    front_end, host_text = FakeFrontEnd(), generate_latest(of_the_host(models, engines))
+    ways: dict[str, Callable[..., Any]] = {}
+    for encoding, compressed in (("plain", False), ("gzip", True)):
+        server, bare = (Server(r, host_text, compressed) for r in (registry, CollectorRegistry()))
+        scrapes = Scrapes(server)
+        ways[f"without_{encoding}"] = bare
+        ways[f"lines_{encoding}"] = lambda *a, scrapes=scrapes: scrapes.answer(front_end, *a)
+        ways[f"library_{encoding}"] = server
+    laps: dict[str, list[float]] = {name: [] for name in ways}
+    before, changed, moment = b"", 0, 0
+    for lap in range(rounds + 1):
+        for name, answer in ways.items():
+            moment += 1
+            if state != "unchanged":
+                for recorder in recorders:
+                    for engine in range(engines):
+                        work(recorder, engine, moment, state == "failing")
+            spent, body = seconds(answer)
+            if lap:  # the first has all lines to begin
+                laps[name].append(1e3 * spent)
+            if name == "lines_plain":
+                lines = body.removesuffix(host_text).splitlines()
+                assert body == generate_latest(registry) + host_text, "not the text of the library"
+                changed = sum(a != b for a, b in zip(before, lines, strict=False))
+                before = lines
+    assert not front_end.failures
     return {
         "models": models,
         "engines": engines,
-        "broken": broken,
-        "series_without": _series(texts["without"]),
-        "series_ours": _series(texts["ours"]),
-        "without_milliseconds": without,
-        "with_milliseconds": with_ours,
-        "added_milliseconds": median(b - a for a, b in zip(laps["without"], laps["with"], strict=True)),
-        "ratio": with_ours / without,
+        "state": state,
+        "series_host": _series(host_text.splitlines()),
+        "series": _series(before),
+        "series_changed": changed,
+        "megabytes": sum(map(len, before)) / 1e6,
+    } | {
+        f"{way}_added_milliseconds": median(laps[way]) - median(laps[f"without_{way.partition('_')[2]}"])
+        for way in ways
+        if not way.startswith("without")
     }
 
 
-def _series(text: bytes) -> int:
-    return sum(not line.startswith(b"#") for line in text.splitlines())
+def _series(lines: list[bytes]) -> int:
+    return sum(not line.startswith(b"#") for line in lines)
 
 
 def main() -> None:
@@ -85,20 +145,20 @@ def main() -> None:
     arguments = parser.parse_args()
     # A process serves one model: what one scrape of it holds, and what all of them together do.
     found = [
-        measure(models, arguments.engines, arguments.rounds, broken)
+        measure(models, arguments.engines, arguments.rounds, state)
         for models in (1, arguments.models)
-        for broken in (False, True)
+        for state in STATES
     ]
     if arguments.json:
         print(json.dumps(found))
         return
     for one in found:
-        state = "all has failed" if one["broken"] else "healthy"
         print(
-            f"{one['models']:3.0f} models x {one['engines']:.0f} engines, {state}: "
-            f"{one['series_ours']:6.0f} series of ours beside {one['series_without']:6.0f}; "
-            f"scrape {one['without_milliseconds']:7.2f} ms without, {one['with_milliseconds']:7.2f} with, "
-            f"{one['added_milliseconds']:6.2f} added, x {one['ratio']:.2f}"
+            f"{one['models']:3.0f} models x {one['engines']:.0f} engines, {one['state']:9s}: "
+            f"{one['series_changed']:6.0f} of {one['series']:6.0f} series changed; added "
+            f"{one['lines_plain_added_milliseconds']:7.2f} ms by lines, "
+            f"{one['library_plain_added_milliseconds']:7.2f} by the library; gzip "
+            f"{one['lines_gzip_added_milliseconds']:7.2f} and {one['library_gzip_added_milliseconds']:7.2f}"
         )
 
 

@@ -159,15 +159,21 @@ class Account:
         # Written out, and only what is there: eight requests join a busy engine's step.
         _, prefill_joules, decode_joules, decode_tokens, recomputed_joules = paid
         measured, estimated, half_width, predicted = ratios
-        for joules, phase in ((prefill_joules, self.prefill), (decode_joules, self.decode)):
-            if joules:
-                phase[0] += measured * joules
-                phase[1] += estimated * joules
-                phase[2] += half_width * joules
-                phase[3] += predicted * joules
+        if prefill_joules:
+            prefill = self.prefill
+            prefill[0] += measured * prefill_joules
+            prefill[1] += estimated * prefill_joules
+            prefill[2] += half_width * prefill_joules
+            prefill[3] += predicted * prefill_joules
+        if decode_tokens:
+            decode = self.decode
+            decode[0] += measured * decode_joules
+            decode[1] += estimated * decode_joules
+            decode[2] += half_width * decode_joules
+            decode[3] += predicted * decode_joules
+            self._last_decode = ((measured + estimated) * decode_joules, decode_tokens)
         if recomputed_joules:
             self.recomputed_joules += (measured + estimated) * recomputed_joules
-        self._last_decode = ((measured + estimated) * decode_joules, decode_tokens or 1)
         self.steps += 1
         self.covered_steps += step.covered_ratio
 

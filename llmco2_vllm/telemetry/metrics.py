@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics import MetricWrapperBase
-from prometheus_client.samples import Sample
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge, Histogram
 
 from llmco2_vllm.core.embodied import split_idle
 from llmco2_vllm.core.metering import Doubt
 from llmco2_vllm.telemetry.accounting import Accounting
+from llmco2_vllm.telemetry.exposition import FAMILIES
 from llmco2_vllm.telemetry.metric_table import BUCKETS, JOULE_BUCKETS, METRICS
 
 # Counters that follow a field of the engine's cumulative snapshot.
@@ -64,25 +63,6 @@ class Identity:
     vllm_version: str
 
 
-class _WithoutBirth(MetricWrapperBase):
-    """Leaves out the time of birth: a fifth more series and as much more time per scrape, and nobody asks for it.
-
-    The library can only be told for the whole process, hence for the host's own metrics too.
-    """
-
-    def _child_samples(self) -> Iterable[Sample]:
-        return tuple(sample for sample in super()._child_samples() if sample.name != "_created")
-
-
-class _Counter(_WithoutBirth, Counter):
-    """A counter."""
-
-
-class _Histogram(_WithoutBirth, Histogram):
-    """A histogram."""
-
-
-_KINDS: dict[type[MetricWrapperBase], type[MetricWrapperBase]] = {Counter: _Counter, Histogram: _Histogram}
 # A registry takes each name once, and a process may start several engines one after the other.
 _made: WeakKeyDictionary[CollectorRegistry, dict[str, Any]] = WeakKeyDictionary()
 
@@ -109,7 +89,7 @@ class Recorder:
                 options["buckets"] = BUCKETS.get(name, JOULE_BUCKETS)
             if metric.kind is Gauge:
                 options["multiprocess_mode"] = "mostrecent"
-            self._metrics[name] = _KINDS.get(metric.kind, metric.kind)(name, metric.help, metric.labels, **options)
+            self._metrics[name] = FAMILIES[metric.kind](name, metric.help, metric.labels, **options)
 
     def request_finished(self, engine: int, energy_joules: float) -> None:
         """Count one finished engine request."""
@@ -220,6 +200,8 @@ class Recorder:
             metrics[name].labels(*labels).inc(self._new(source, field, metered[field]))
         for name, field in _METERED_GAUGES.items():
             metrics[name].labels(*labels).set(metered[field])
+        covered = metered["coverage_ratio"]
+        metrics["llmco2_coverage_ratio"].labels(*labels).set(math.nan if covered is None else covered)
         for state, field in _STATES.items():
             joules = self._new(source, field, metered[field])
             metrics["llmco2_idle_energy_joules_total"].labels(*labels, state).inc(joules)

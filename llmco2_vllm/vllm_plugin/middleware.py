@@ -12,6 +12,7 @@ import logging
 from llmco2_vllm.telemetry.ledger import RequestLedger
 from llmco2_vllm.vllm_plugin.asgi import BODY, START, App, FrontEnd, Message, Receive, Scope, Send, report
 from llmco2_vllm.vllm_plugin.endpoints import answer, is_ours
+from llmco2_vllm.vllm_plugin.scrape import Scrapes
 from llmco2_vllm.vllm_plugin.splice import KEY, EventSplicer, outline, splice_object
 
 REFRESH_TIMEOUT_SECONDS = 0.25
@@ -26,6 +27,7 @@ class CarbonMiddleware:
 
     def __init__(self, app: App, front_end: FrontEnd | None = None) -> None:
         self._app = app
+        self._scrapes = Scrapes(app)
         self._front_end = front_end
         self._started = False
 
@@ -46,7 +48,7 @@ class CarbonMiddleware:
                 await send(message)
         elif path.rstrip("/") == "/metrics":
             await _refresh(front_end)
-            await self._app(scope, receive, send)
+            await self._scrapes.answer(front_end, scope, receive, send)
         else:
             await self._annotate(front_end, scope, receive, send)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
+from llmco2_vllm.telemetry.exposition import leave_out
 from llmco2_vllm.telemetry.metric_table import METRICS
-from tests.dashboards.exposition import full, places_of_failure, text
+from tests.dashboards.exposition import full, places_of_failure, servers, text, work
 from tests.prometheus import Promtool, promtool
 
 __all__ = ["promtool"]
@@ -48,3 +51,15 @@ def test_series_grow_with_models_and_engines_and_by_nothing_else() -> None:
     of_one = len([line for line in one if 'engine="0"' in line])
     many = series(3, 4)
     assert sum('engine="' in line and 'engine="front_end"' not in line for line in many) == 12 * of_one
+
+
+def test_prepared_lines_of_busy_servers_are_what_the_library_writes() -> None:
+    registry, recorders = servers(models=2, engines=2, broken=True)
+    for moment in range(4):
+        left_out = leave_out()
+        assert text(registry) == ""
+        left_out.over = True
+        assert left_out.text(openmetrics=False).decode() == text(registry)
+        assert left_out.text(openmetrics=True) + b"# EOF\n" == generate_openmetrics(registry)
+        for recorder in recorders[: 1 + moment % 2]:
+            work(recorder, moment % 2, 1 + moment, broken=True)

@@ -22,7 +22,7 @@ from llmco2_vllm.telemetry.exposition import FAMILIES
 from llmco2_vllm.vllm_plugin.asgi import App, Message, Receive, Scope, Send
 from llmco2_vllm.vllm_plugin.middleware import CarbonMiddleware
 from tests.vllm_plugin.asgi import FakeFrontEnd, body_messages, body_of, header, scope, start
-from tests.vllm_plugin.test_fail_open import FUNCTIONS, plant
+from tests.vllm_plugin.test_fail_open import ELSEWHERE, FUNCTIONS, GUARDS, plant
 
 OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0"}
 
@@ -315,14 +315,10 @@ async def test_scrapes_at_the_same_time_are_whole_each(host: Host) -> None:
     assert body_of(answers[-1]) == generate_latest(host.registry)
 
 
-# In exposition: what runs when metrics are made and changed is the recorder's (test_fail_open.py).
+# Without those that hold the guard or are in the library's hands (test_fail_open.py).
+NOT_PLANTED = GUARDS.keys() | {name for name, why in ELSEWHERE.items() if "library's hands" in why}
 PLANTED = sorted(
-    name
-    for name in FUNCTIONS
-    if name.startswith(("telemetry.exposition.", "vllm_plugin.scrape."))
-    and not name.endswith((".answer", "._begin", ".send", ".release", "Scrapes.__init__", "Family.collect"))
-    and "_Cell" not in name
-    and "_child_samples" not in name
+    name for name in FUNCTIONS.keys() - NOT_PLANTED if name.startswith(("telemetry.exposition.", "vllm_plugin.scrape."))
 )
 
 
