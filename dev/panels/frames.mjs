@@ -85,7 +85,7 @@ export function stretches(times, values, step) {
   const found = [];
   times.forEach((at, place) => {
     const last = found.at(-1);
-    if (last && last.value === values[place] && at <= last.end + step / 2) last.end = at + step;
+    if (last && Object.is(last.value, values[place]) && at <= last.end + step / 2) last.end = at + step;
     else found.push({ begin: at, end: at + step, value: values[place] });
   });
   return found;

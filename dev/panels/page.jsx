@@ -167,7 +167,8 @@ const clock = (at) => D.dateTimeFormat(at, { format: "HH:mm:ss", timeZone: ZONE 
 function Sketch({ names, span, width, height, left, theme, mark }) {
   const tall = (height - 22) / names.length;
   const place = (at) => left + ((at - span.begin) / (span.end - span.begin)) * (width - left - 8);
-  const ticks = [0.1, 0.3, 0.5, 0.7, 0.9].map((part) => span.begin + part * (span.end - span.begin));
+  const many = Math.max(1, Math.min(5, Math.floor((width - left) / 64)));
+  const ticks = Array.from({ length: many }, (_, i) => span.begin + ((i + 0.5) / many) * (span.end - span.begin));
   const every = Math.ceil(16 / tall);
   const text = { fill: theme.colors.text.primary, fontSize: 12, fontFamily: theme.typography.fontFamily };
   return (
