@@ -81,11 +81,8 @@ def trust() -> Iterator[Placed]:
         "version": "llmco2-vllm",
         "vllm_version": "vLLM",
     }
-    yield (
-        information("Bundle and versions", "What prices and what measures.", select("llmco2_build_info"), labels),
-        24,
-        4,
-    )
+    in_use = f"{select('llmco2_build_info')} == 1"
+    yield information("Bundle and versions", "What prices and what measures.", in_use, labels), 24, 4
 
 
 def _trust_tiles() -> Iterator[Json]:

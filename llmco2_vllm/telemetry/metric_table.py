@@ -157,7 +157,7 @@ METRICS: dict[str, Metric] = {
     ),
     "llmco2_build_info": Metric(
         Gauge,
-        "Always 1; says what prices and what measures.",
+        "1 for what prices and what measures, 0 for what did.",
         ("model_name", "version", "vllm_version", "predictor", "meter"),
     ),
 }

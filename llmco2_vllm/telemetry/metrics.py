@@ -81,6 +81,7 @@ class Recorder:
         self._metrics = _made.setdefault(registry, {})
         self._seen: dict[tuple[str, str], float] = {}
         self._sources: dict[str, tuple[str, str, str, str] | None] = {}
+        self._builds: dict[str, tuple[str, ...]] = {}
         for name, metric in METRICS.items():
             if name in self._metrics:
                 continue
@@ -155,14 +156,17 @@ class Recorder:
         if "metered" in snapshot:
             self._metered(labels, source, snapshot["metered"], accounting)
             self._meter(labels, source, snapshot.get("meter", {}).get("devices", []))
-        provenance = snapshot["provenance"]
-        self._metrics["llmco2_build_info"].labels(
-            self.identity.model_name,
-            self.identity.version,
-            self.identity.vllm_version,
-            provenance["predictor"],
-            provenance["meter"],
-        ).set(1)
+        self._build(engine, snapshot["provenance"])
+
+    def _build(self, engine: str, provenance: Mapping[str, str]) -> None:
+        """What prices and what measures an engine; the meter of a slow driver comes later."""
+        of_server = self.identity.model_name, self.identity.version, self.identity.vllm_version
+        now = *of_server, provenance["predictor"], provenance["meter"]
+        known = self._builds.get(engine, now)
+        self._builds[engine] = now
+        self._metrics["llmco2_build_info"].labels(*now).set(1)
+        if known not in self._builds.values():
+            self._metrics["llmco2_build_info"].labels(*known).set(0)
 
     def _price(self, name: str, labels: tuple[str, ...], joules: float, accounting: Accounting) -> None:
         """Count the grams of this energy, or the energy as one without grams."""

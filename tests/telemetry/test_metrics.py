@@ -196,6 +196,25 @@ def test_a_source_that_is_no_longer_in_use_is_shown_as_such() -> None:
     assert last is not None and math.isnan(last), "the last known figure is not that of now"
 
 
+def test_a_meter_that_none_of_the_engines_has_any_more_is_shown_as_such() -> None:
+    recorder, registry = make()
+
+    def meters() -> dict[str, float]:
+        samples = [sample for family in registry.collect() for sample in family.samples]
+        return {sample.labels["meter"]: sample.value for sample in samples if sample.name == "llmco2_build_info"}
+
+    def tell(engine: int, meter: str) -> dict[str, float]:
+        told = snapshot(engine=engine)
+        told["provenance"] = {**told["provenance"], "meter": meter}
+        recorder.engine(told, WORLD, 10.0)
+        return meters()
+
+    assert tell(0, "none") == {"none": 1.0}
+    assert tell(1, "none") == {"none": 1.0}
+    assert tell(0, "nvml") == {"none": 1.0, "nvml": 1.0}
+    assert tell(1, "nvml") == {"none": 0.0, "nvml": 1.0}
+
+
 def test_each_report_is_counted_once_however_often_it_is_told() -> None:
     recorder, registry = make()
     for _ in range(3):

@@ -131,9 +131,7 @@ def test_while_the_device_is_lost_requests_are_predicted_and_never_called_measur
     assert after["estimated_joules"] > before["estimated_joules"], "what no window covers is estimated, and said so"
 
 
-def test_a_counter_that_stands_still_under_work_is_not_believed(
-    clients: Clients, device: Device
-) -> None:
+def test_a_counter_that_stands_still_under_work_is_not_believed(clients: Clients, device: Device) -> None:
     known = faults(clients, "counter frozen while busy")
 
     def freeze() -> None:
