@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llmco2_vllm.core.attribution import ALL, Activity, Attributor, WindowAccount
+from llmco2_vllm.core.attribution import ALL, WINDOW_IN_STEPS, Activity, Attributor, WindowAccount
 from llmco2_vllm.core.comparison import Comparison
 from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
@@ -93,7 +93,7 @@ class Metering:
         self.closed = attributor.closed
         self._split_at_once = SPLIT_AT_ONCE + SPLIT_PER_DEVICE * attributor.devices
         self._looks = 0
-        self._under_way = False
+        self._under_way = self._put_off = False
         self._busy = self._asleep = False
         # (moment, measured joules, estimated joules) at two moments of the recent past, for the coverage.
         self._covered = ((clock(), 0.0, 0.0),) * 2
@@ -112,7 +112,7 @@ class Metering:
 
     def lost(self, step: Step) -> None:
         """No output will come for its first open execution."""
-        self.attributor.lost(step, self._clock())
+        self.attributor.lost(step)
 
     def tend(self) -> None:
         """Go on with the windows that have come, or else with settling: a bounded part of it behind every step."""
@@ -123,10 +123,15 @@ class Metering:
             return
         # Also without a window, now and then: its meter may have fallen silent.
         self._looks = LOOKS
-        if self.attributor.waiting and self._split(self._split_at_once):
-            self._under_way = True
+        waiting = self.attributor.waiting
+        # Where more wait than one of each device, steps are longer than windows, and have the time.
+        behind = max(0, waiting - self.attributor.devices)
+        split = self._split(self._split_at_once + WINDOW_IN_STEPS * behind) if waiting else 0
+        if split and not self._put_off:
+            self._put_off = self._under_way = True
         else:
-            self._under_way = self._settle(SETTLED_AT_ONCE) > 0 or self.attributor.waiting
+            self._put_off = False
+            self._under_way = self._settle(SETTLED_AT_ONCE) > 0 or split > 0 or self.attributor.waiting > 0
 
     def tend_all(self) -> None:
         """The same without haste, where no step waits."""

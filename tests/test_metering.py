@@ -60,6 +60,7 @@ class Engine:
         self.left: dict[str, int] = {}  # prompt tokens to compute
         self.in_flight: deque[object] = deque()
         self.edges = [10.0] * self.devices
+        self.held: list[MeterWindow] = []
         # Per step, what it was predicted to cost each request: the slow path.
         self.slow: list[tuple[object, dict[int, float]]] = []
 
@@ -130,11 +131,19 @@ class Engine:
             self.edges[device] = end
             self.tend()
 
+    def hold(self, device: int) -> None:
+        """The counter is read, and nobody is told before the end."""
+        begin, end = self.edges[device], self.clock()
+        if end > begin:
+            self.held.append(MeterWindow(device, begin, end, 100.0 * (end - begin), 0.1))
+            self.edges[device] = end
+
     def tend(self) -> None:
         if not self.patient:
             self.metering.tend()
 
     def finish(self, watts: float | None = 100.0) -> None:
+        self.windows.extend(self.held)
         while self.in_flight:
             self.output()
         for name in self.running():
@@ -156,6 +165,10 @@ ACTIONS = st.one_of(
     st.tuples(st.just("leave"), st.integers(0, 9)),
     st.tuples(st.just("asleep"), st.booleans()),
 )
+
+
+# A window that comes behind later ones of its device.
+HELD = st.tuples(st.just("hold"), st.integers(0, 1))
 
 
 def run(actions: list[tuple[str, object]], devices: int, patient: bool = False, least_seconds: float = 0.0) -> Engine:
@@ -180,6 +193,8 @@ def run(actions: list[tuple[str, object]], devices: int, patient: bool = False, 
                 engine.clock.advance(milliseconds / 1e3)
             case "edge", (int(device), float(watts)):
                 engine.edge(device % devices, watts)
+            case "hold", int(device):
+                engine.hold(device % devices)
             case "preempt", int(place) if running and not engine.in_flight:
                 engine.preempt(running[place % len(running)])
             case "leave", int(place) if running:
@@ -197,7 +212,7 @@ def assert_conserved(metering: Metering) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(ACTIONS, max_size=60), st.integers(1, 2))
+@given(st.lists(ACTIONS | HELD, max_size=60), st.integers(1, 2))
 def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str, object]], devices: int) -> None:
     engine = run(actions, devices)
     totals = engine.metering.attributor.totals
@@ -210,6 +225,8 @@ def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str,
     assert_conserved(engine.metering)
     settled = engine.metering.settlement
     assert settled.prefill_joules + settled.decode_joules == pytest.approx(measured, rel=1e-9, abs=1e-9 * scale)
+    covered = engine.metering.state()["coverage_ratio"]
+    assert covered is None or 0.0 <= covered <= 1.0
 
 
 @settings(max_examples=200, deadline=None)
@@ -648,3 +665,71 @@ def test_the_recent_coverage_is_unknown_at_first_and_falls_where_no_window_is() 
     engine.edge(0, None, Doubt.LOST)
     engine.finish()
     assert 0.0 < engine.metering.state()["coverage_ratio"] < 0.8
+
+
+def test_a_lost_output_hides_no_step_that_ran_from_a_window() -> None:
+    engine = Engine()
+    engine.join(4)
+    engine.schedule(8)
+    engine.clock.advance(0.1)
+    engine.output()
+    engine.clock.advance(0.03)
+    for prompt, chunk in ((400, 1), (10, 400)):
+        engine.join(prompt)
+        engine.schedule(chunk)
+    engine.in_flight.popleft()
+    for seconds in (1.2, 0.4):  # both windows end inside the second step
+        engine.clock.advance(seconds)
+        engine.edge(0, 300.0)
+    engine.clock.advance(0.4)
+    engine.output()
+    engine.clock.advance(0.001)
+    engine.edge(0, 300.0)
+    engine.metering.tend_all()
+    assert [account.busy_seconds > 0.0 for account in engine.accounts] == [True] * 3
+    assert engine.metering.state()["idle_joules"] < 10.0 and not engine.metering.state()["idle_power_watts"]
+
+
+def test_nothing_is_added_to_a_step_that_a_window_under_way_may_lie_over() -> None:
+    engine = Engine()
+    engine.join(4)
+    for seconds in (*[0.021] * 30, 0.003):
+        engine.schedule(8)
+        engine.clock.advance(seconds)
+        engine.output()
+    engine.schedule(8)
+    engine.clock.advance(0.003)
+    engine.monitor.end(engine.in_flight.popleft())  # not tended yet
+    last = engine.metering.steps[-1]
+    engine.edge(0, 300.0)
+    assert last.executions == 2 and not last.sealed and engine.metering.attributor.waiting
+    engine.schedule(8)
+    assert engine.metering.steps[-1] is not last
+    engine.finish(300.0)
+    assert last.covered_ratio == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("devices", "step_seconds", "window_seconds"),
+    [(1, 0.1, 0.1), (1, 0.5, 0.1), (2, 0.1, 0.1), (8, 0.05, 0.4), (8, 0.02, 0.1), (8, 0.003, 0.1), (4, 0.2, 0.4)],
+)
+def test_what_waits_does_not_grow_however_long_steps_and_windows_are(
+    devices: int, step_seconds: float, window_seconds: float
+) -> None:
+    engine = Engine(devices, patient=True)
+    engine.join(4)
+    most, due = 0, engine.clock()
+    for step in range(1500):
+        engine.schedule(8)
+        engine.clock.advance(step_seconds)
+        while engine.clock() >= due + window_seconds:
+            for device in range(devices):
+                engine.windows.append(MeterWindow(device, due, due + window_seconds, 200.0 * window_seconds, 0.1))
+            due += window_seconds
+        engine.output()
+        if step % 16:
+            engine.metering.tend()
+        if step > 750:
+            most = max(most, len(engine.metering.journal) + engine.metering.attributor.waiting)
+    assert most < 3 * devices * (window_seconds / step_seconds + step_seconds / window_seconds) + 30
+    assert_conserved(engine.metering)

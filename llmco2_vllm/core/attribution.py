@@ -150,8 +150,10 @@ class Attributor:
         self._windows: list[deque[MeterWindow]] = [deque() for _ in idle_power_watts]
         self._inside: Inside | None = None  # the window that is being split
         self._frontier = [-math.inf for _ in idle_power_watts]
+        self._places = [0 for _ in idle_power_watts]  # from which the next window of a device looks at steps
         self._last_end = self._last_closed = self._given_up = -math.inf
         self._steps: deque[Step] = deque()
+        self._first = 0  # place of the first of them among all there ever were
         self._open: deque[Step] = deque()
         self._pace = Pace()
         self._activity = Activity.AWAKE
@@ -186,7 +188,8 @@ class Attributor:
 
     def repeated(self, step: Step, now_seconds: float) -> bool:
         """A further execution of the last step is scheduled; False where it must be a step of its own."""
-        if step.sealed or now_seconds - step.scheduled_seconds >= LONGEST_STEP_SECONDS:
+        # A window that is being split may lie over it.
+        if step.sealed or self._inside is not None or now_seconds - step.scheduled_seconds >= LONGEST_STEP_SECONDS:
             return False
         if not step.open_executions:
             self._open.append(step)
@@ -201,9 +204,10 @@ class Attributor:
         if end_seconds > self._last_closed:
             self._last_closed = end_seconds
 
-    def lost(self, step: Step, now_seconds: float) -> None:
+    def lost(self, step: Step) -> None:
         """No output will come for the first open execution of all; it is one of this step."""
-        step.lose(now_seconds, 1)
+        # Where it would have begun: steps stay in the order of their begins, in which windows look at them.
+        step.lose(max(step.scheduled_seconds, self._last_closed), 1)
         if not step.open_executions:
             self._open.popleft()
 
@@ -230,9 +234,8 @@ class Attributor:
             self._drop(queue.popleft())
 
     def _drop(self, window: MeterWindow) -> None:
-        totals = self.totals
-        totals.dropped_windows += 1
-        totals.unmetered_seconds += window.duration_seconds * (window.energy_joules is None)
+        self.totals.dropped_windows += 1
+        self.totals.unmetered_seconds += window.duration_seconds * (window.energy_joules is None)
         self._nobodys(window.energy_joules or 0.0)
 
     def _nobodys(self, joules: float) -> None:
@@ -240,16 +243,16 @@ class Attributor:
         self.totals.unattributed_joules += joules
 
     @property
-    def waiting(self) -> bool:
-        """Whether there are windows that are not split."""
-        return self._inside is not None or any(self._windows)
+    def waiting(self) -> int:
+        """How many windows are not split."""
+        return (self._inside is not None) + sum(map(len, self._windows))
 
     def accounts(self, most: int = ALL) -> list[WindowAccount]:
         """Split windows all of whose steps are closed, and go on with one begun before, over at most so many steps."""
         found = []
         while most >= WINDOW_IN_STEPS and (inside := self._inside or self._next()) is not None:
             self._inside, before = inside, len(inside.parts)
-            done = inside.look(most)
+            done = inside.look(self._steps, self._first, most)
             most -= len(inside.parts) - before + WINDOW_IN_STEPS
             if not done or most < 0:
                 break
@@ -263,9 +266,12 @@ class Attributor:
             # An open step cannot begin before the last one that closed has ended.
             step = self._open[0]
             waits = step.begin_seconds if step.begun else max(step.scheduled_seconds, self._last_closed)
-        for queue in self._windows:
+        for device, queue in enumerate(self._windows):
             if queue and queue[0].end_seconds <= waits:
-                return Inside(self._without_given_up(queue.popleft()), self._steps, self._pace)
+                window = self._without_given_up(queue.popleft())
+                # One that comes behind a later one looks at all there are.
+                place = self._places[device] if window.begin_seconds >= self._frontier[device] else 0
+                return Inside(window, place, self._pace)
         return None
 
     def settled(self, now_seconds: float, most: int = ALL) -> list[Step]:
@@ -275,16 +281,17 @@ class Attributor:
         more and more where one is found for each that comes.
         """
         found: list[Step] = []
-        if self._inside is not None:
-            return found  # it may touch any of them
         frontier = min(self._frontier)
         patience = min((now_seconds - LONGEST_WAIT_SECONDS, *(q[0].begin_seconds for q in self._windows if q)))
         reached = max(frontier, patience)
+        if self._inside is not None:
+            reached = min(frontier, self._inside.window.begin_seconds)  # it may touch any step behind
         while self._steps and (most > 0 or len(found) < 2):
             step = self._steps[0]
             if step.end_seconds > reached or step.begin_seconds == reached:  # without length, it lies behind the edge
                 break
             self._steps.popleft()
+            self._first += 1
             step.sealed = True
             step.weigh()
             most -= 1 + len(step.paid)
@@ -297,7 +304,8 @@ class Attributor:
     def _account(self, inside: Inside) -> WindowAccount:
         window, parts, busy = inside.window, inside.parts, inside.busy_seconds
         activity, steady = self._activity_in(window)
-        self._frontier[window.device] = window.end_seconds
+        self._frontier[window.device] = max(self._frontier[window.device], window.end_seconds)
+        self._places[window.device] = inside.next_place
         predicted = inside.predicted_joules / len(self._windows)
         known = window.energy_joules is not None and window.doubt is not Doubt.SHARED
         joules = window.energy_joules or 0.0

@@ -160,7 +160,8 @@ class Step:
             measured += part
             half_width += split.half_width_ratio * part
             covered += split.covered_ratio * share
-        self.measured_ratio, self.half_width_ratio, self.covered_ratio = measured, half_width, covered
+        # Shares add up to one but for rounding.
+        self.measured_ratio, self.half_width_ratio, self.covered_ratio = measured, half_width, min(covered, 1.0)
 
     def shape(self, execution: int = 0) -> BatchShape:
         """What an execution computes: in steady decode that of one before, with one token of context more for each."""
@@ -194,12 +195,13 @@ class Inside:
 
     parts: those found. busy_seconds, predicted_joules of all devices, the part of it that is prefill, and all of it at
     their pace: sums over them, each step by its share. The split is theirs.
+    Places count all steps there ever were.
     """
 
     __slots__ = (
+        "_behind",
         "_pace",
         "_place",
-        "_steps",
         "busy_seconds",
         "paced_joules",
         "parts",
@@ -209,39 +211,50 @@ class Inside:
         "window",
     )
 
-    def __init__(self, window: MeterWindow, steps: deque[Step], pace: Pace) -> None:
-        """``steps`` may grow meanwhile, but none may leave. pace: of the steps before, and of these from now on."""
+    def __init__(self, window: MeterWindow, place: int, pace: Pace) -> None:
+        """pace: of the steps before ``place``, and of these from now on."""
         self.window = window
         self.split = Split()
         self.parts: list[StepShare] = []
         self.busy_seconds = self.predicted_joules = self.prefill_joules = self.paced_joules = 0.0
-        self._steps, self._place = steps, 0
-        self._pace = pace
+        self._place, self._pace = place, pace
+        self._behind: int | None = None
 
-    def look(self, most: int) -> bool:
-        """Go on over at most so many steps, in their order; whether that was all."""
+    def look(self, steps: deque[Step], first: int, most: int) -> bool:
+        """Go on over at most so many steps, in their order; whether that was all. first: place of the first of them."""
         _, begin, end, *_ = self.window
-        steps, begun = self._steps, self._place
-        self._place = min(begun + most, len(steps))
-        for place in range(begun, self._place):
+        begun = max(self._place - first, 0)
+        stop = min(begun + most, len(steps))
+        for place in range(begun, stop):
             step = steps[place]
-            first, last = step.begin_seconds, step.end_seconds
-            if first >= end:
+            if step.end_seconds >= end and self._behind is None:
+                self._behind = first + place
+            if step.begin_seconds >= end:
+                self._place = first + place
                 return True
-            if not step.sealed:
-                if step.open_executions:
-                    continue  # scheduled before the window's end; it begins behind it
-                step.sealed = True
-                step.pace_ratio = self._pace.of(step)
-            if begin <= first < last <= end:
-                share = 1.0
-            elif step.lost or not (share := step.share_in(begin, end)):
-                continue
-            joules = share * step.predicted_joules
-            self.parts.append(StepShare(step, share))
-            self.busy_seconds += share * step.busy_seconds
-            self.predicted_joules += joules
-            self.prefill_joules += share * step.prefill_joules
-            self.paced_joules += joules * step.pace_ratio
-            step.splits += ((self.split, share),)
-        return self._place == len(steps)
+            self._take(step, begin, end)
+        self._place = first + stop
+        return stop == len(steps)
+
+    def _take(self, step: Step, begin: float, end: float) -> None:
+        if not step.sealed:
+            if step.open_executions:
+                return  # scheduled before the window's end; it begins behind it
+            step.sealed = True
+            step.pace_ratio = self._pace.of(step)
+        if begin <= step.begin_seconds < step.end_seconds <= end:
+            share = 1.0
+        elif step.lost or not (share := step.share_in(begin, end)):
+            return
+        joules = share * step.predicted_joules
+        self.parts.append(StepShare(step, share))
+        self.busy_seconds += share * step.busy_seconds
+        self.predicted_joules += joules
+        self.prefill_joules += share * step.prefill_joules
+        self.paced_joules += joules * step.pace_ratio
+        step.splits += ((self.split, share),)
+
+    @property
+    def next_place(self) -> int:
+        """Where the next window of the device begins to look."""
+        return self._place if self._behind is None else self._behind

@@ -157,14 +157,15 @@ class EngineHook:
         charge = book.open.get(output.request_id)
         if charge is not None:
             book.settle(charge)
-            follows = charge.entered is not None and output.request_id in self._stopping
-            self._send(output, charge, final=False, context=charge.computed if follows else -1)
+            stops = output.request_id in self._stopping
+            follows = stops and charge.entered is not None
+            # As long as nothing of it is settled, a ledger goes alone where its last one is sure to come.
+            alone = not stops and charge.account is not None and not charge.account.steps
+            self._send(output, charge, final=False, context=charge.computed if follows else -1, alone=alone)
 
-    def _send(self, output: Any, charge: RequestCharge, final: bool, context: int = -1) -> None:
+    def _send(self, output: Any, charge: RequestCharge, final: bool, *, context: int = -1, alone: bool = False) -> None:
         records = {KEY: encode(charge, self.origin, final, context, self.monitor.seconds_per_joule)}
-        # The first ledger of a request goes alone: no window can have seen it, and its last one is still to come.
-        first = not (final or context >= 0 or charge.account is None or charge.account.steps)
-        if not first and (metered := self._metered(charge)) is not None:
+        if not alone and (metered := self._metered(charge)) is not None:
             records[METERED_KEY] = encode_metered(metered)
         _add_headers(output, records)
 
@@ -227,7 +228,9 @@ class EngineHook:
 
     def switch(self, on: bool, request_ids: Iterable[str]) -> None:
         """Turn the hook off, or on again; requests under way at that moment stay without a figure."""
-        if on and not self.guard.active:
+        if on == self.guard.active:
+            return
+        if on:
             self.reader.leave_fast_path()
             self.monitor.reset()
             self._strangers = set(request_ids)

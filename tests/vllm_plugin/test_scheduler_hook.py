@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable
 from inspect import signature
 from itertools import pairwise
@@ -12,9 +13,13 @@ import pytest
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from llmco2_vllm.core import ledgers as ledgers_module
+from llmco2_vllm.core.attribution import Attributor
 from llmco2_vllm.core.ledgers import DecodeSums
+from llmco2_vllm.metering import Metering
+from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Ledger, RequestLedger, decode, decode_sums
-from llmco2_vllm.testing import ConstantPredictor
+from llmco2_vllm.telemetry.metered import METERED_KEY
+from llmco2_vllm.testing import ConstantPredictor, FakeClock
 from tests.vllm_plugin.harness import EOS, Engine, make_request
 
 MakeEngine = Callable[..., Engine]
@@ -386,3 +391,24 @@ def test_records_say_what_is_true_of_the_meter_when_they_are_sent(make_engine: M
         told.append(decode(engine.outputs[-1].trace_headers[KEY])[1][1:])
         assert tuple(hook.snapshot()["provenance"].values())[1:] == now
     assert told == said
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("stop", [False, True])
+def test_before_anything_is_measured_ledgers_travel_alone_unless_the_front_end_may_end_the_request(
+    make_engine: MakeEngine, drafts: bool, stop: bool
+) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    engine = make_engine(
+        sample=lambda request: [20 + request.num_output_tokens], **({"speculative": speculative} if drafts else {})
+    )
+    hook = engine.scheduler.llmco2_hook
+    clock = FakeClock(10.0)
+    metering = Metering(Attributor([50.0]), deque(), clock=clock)
+    hook.monitor = hook.reader._monitor = StepMonitor(ConstantPredictor(), clock, metering)
+    sampling: dict[str, Any] = {"stop": ["never"], "detokenize": True} if stop else {}
+    engine.scheduler.add_request(make_request("a", 40, max_tokens=20, **sampling))
+    engine.run()
+    told = [output.trace_headers for output in engine.outputs if KEY in (output.trace_headers or {})]
+    assert METERED_KEY in told[-1] and hook.guard.active
+    assert all(METERED_KEY in headers for headers in told) == stop
