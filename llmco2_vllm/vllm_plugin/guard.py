@@ -19,7 +19,7 @@ PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "front end": (
         *("add_request", "receive", "settle", "abort_requests", "from_base", "request_output"),
         *("request_finished", "request_measured", "remember", "last", "pull", "span"),
-        *("started", "scope", "open_call", "response start", "JSON body", "event stream", "refresh_metrics"),
+        *("started", "scope", "open_call", "response start", "JSON body", "event stream", "refresh_metrics", "metrics"),
         *("/carbon", "/carbon/hook", "/carbon/live", "/carbon/live.json", "/carbon/requests/"),
     ),
 }

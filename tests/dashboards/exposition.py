@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 from collections import deque
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-import llmco2_vllm
 from llmco2_vllm.core.attribution import Attributor
 from llmco2_vllm.core.comparison import PhaseMix
 from llmco2_vllm.core.metering import Doubt
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import EngineTotals
 from llmco2_vllm.telemetry.metrics import Identity, Recorder
+from llmco2_vllm.vllm_plugin.guard import PLACES
 from tests.telemetry.books import with_hardware
 
-PLUGIN = Path(llmco2_vllm.__file__).parent / "vllm_plugin"
-OF_THE_ENGINE = ("engine.py", "hook.py", "scheduler.py")
 WORLD = with_hardware(market_intensity=20)._replace(age_seconds=7.0)
 METERED = Metering(Attributor([50.0]), deque()).state()
-
-
-@cache
-def places_of_failure(engine: bool) -> list[str]:
-    """Names of the places where the engine's part of the plugin, or the front end's, catches failures."""
-    found = set()
-    for path in PLUGIN.glob("*.py"):
-        if (path.name in OF_THE_ENGINE) == engine:
-            calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-            first = (node.args[0] for node in calls if _catches(node) and node.args)
-            found.update(a.value for a in first if isinstance(a, ast.Constant) and isinstance(a.value, str))
-    return sorted(found)
-
-
-def _catches(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Attribute) and node.func.attr in ("call", "failed")
 
 
 def _snapshot(engine: int, metered: dict[str, Any], device: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +48,7 @@ def fill(recorder: Recorder, engine: int, broken: bool) -> None:
     }
     faults = {doubt.value: 1 for doubt in Doubt if doubt is not Doubt.NONE} if broken else {}
     device = {"source": "counter", "power_watts": 300.0, "faults": faults}
-    failures = dict.fromkeys(places_of_failure(engine=True), 1) if broken else {}
+    failures = dict.fromkeys(PLACES["engine"], int(broken))
     snapshot = {**_snapshot(engine, metered, device), "failures": failures}
     recorder.engine(snapshot, WORLD, 10.0)
     unpriced = {**metered, "decode_joules": 2.0, "metered_joules": 2.0}
@@ -106,7 +85,7 @@ def work(recorder: Recorder, engine: int, moment: int, broken: bool) -> None:
         **totals,
         "hook_seconds": small,
         "step_seconds": passed / 2,
-        "failures": dict.fromkeys(places_of_failure(engine=True), 1 + moment) if broken else {},
+        "failures": dict.fromkeys(PLACES["engine"], (1 + moment) * broken),
     }
     recorder.engine(snapshot, WORLD, 20.0 + passed)
     for number in range(8):
@@ -121,7 +100,7 @@ def servers(models: int, engines: int, broken: bool) -> tuple[CollectorRegistry,
     for recorder in recorders:
         recorder.intensities(WORLD)
         if broken:
-            recorder.failures("front_end", dict.fromkeys(places_of_failure(engine=False), 1))
+            recorder.failures("front_end", dict.fromkeys(PLACES["front end"], 1))
         for engine in range(engines):
             fill(recorder, engine, broken)
     return registry, recorders

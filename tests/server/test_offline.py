@@ -43,7 +43,7 @@ def test_outputs_add_up_to_what_the_engine_spent(in_process: dict[str, Any]) -> 
     charged = sum(joules(output["carbon"]) for output in outputs)
     assert charged == approx(spent["prefill_joules"] + spent["decode_joules"], rel=SIX_DIGITS)
     assert spent["finished_requests"] == 4
-    assert spent["failures"] == {}
+    assert not any(spent["failures"].values())
     assert spent["lost_tickets"] == 0
 
 
