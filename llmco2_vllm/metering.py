@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from llmco2_vllm.core.attribution import ALL, WINDOW_IN_STEPS, Activity, Attributor, WindowAccount
 from llmco2_vllm.core.comparison import Comparison
 from llmco2_vllm.core.metering import MeterWindow
+from llmco2_vllm.core.recent import RecentGrowth
 from llmco2_vllm.core.settlement import Journal, Paid, Settlement
 from llmco2_vllm.core.steps import Step
 
@@ -95,8 +96,8 @@ class Metering:
         self._looks = 0
         self._under_way = self._put_off = False
         self._busy = self._asleep = False
-        # (moment, measured joules, estimated joules) at two moments of the recent past, for the coverage.
-        self._covered = ((clock(), 0.0, 0.0),) * 2
+        # Of time, measured joules and estimated joules, for the coverage.
+        self._recent = RecentGrowth(COVERAGE_SECONDS, clock(), 0.0, 0.0)
 
     def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
         """A step was scheduled, and these requests were charged in it outside the running sums."""
@@ -108,7 +109,8 @@ class Metering:
     def repeated(self, step: Step, now_seconds: float) -> bool:
         """A further execution of the last step is scheduled; False where it must be a step of its own."""
         # Not behind a turn of the journal: whoever has joined or left since would pay for the wrong executions.
-        return not step.sealed and self.journal[-1] is step and self.attributor.repeated(step, now_seconds)
+        journal = self.journal
+        return bool(journal) and journal[-1] is step and self.attributor.repeated(step, now_seconds)
 
     def lost(self, step: Step) -> None:
         """No output will come for its first open execution."""
@@ -191,11 +193,8 @@ class Metering:
     def _coverage_ratio(self) -> float | None:
         """Share of the energy of recently settled steps that windows cover, 0 to 1; None while none was settled."""
         settled = self.settlement
-        now = self._clock(), settled.prefill_joules + settled.decode_joules, settled.estimated_joules
-        if now[0] - self._covered[1][0] >= COVERAGE_SECONDS:
-            self._covered = self._covered[1], now
-        _, measured, estimated = self._covered[0]
-        measured, estimated = now[1] - measured, now[2] - estimated
+        joules = settled.prefill_joules + settled.decode_joules
+        _, measured, estimated = self._recent.until(self._clock(), joules, settled.estimated_joules)
         return measured / (measured + estimated) if measured + estimated > 0.0 else None
 
     def state(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
+from llmco2_vllm.core.recent import RecentGrowth
 from llmco2_vllm.core.settlement import Paid
 from llmco2_vllm.core.steps import Step
 from llmco2_vllm.metering import Metering
@@ -90,8 +91,8 @@ class StepMonitor:
         self._priced: Estimate | None = None
         self._repeats = 0
         self._repeats_allowed = 0
-        # (busy seconds, predicted joules) at two moments of the recent past, for the pace.
-        self._paces = (0.0, 0.0), (0.0, 0.0)
+        # Of busy seconds and predicted joules, for the pace.
+        self._recent = RecentGrowth(PACE_SECONDS, 0.0, 0.0)
         self._pace = 0.0, 0.0  # (busy seconds it was found at, pace)
         # What the run's first step computed, its steps since, and the meter's last one of them.
         self._run_shape, self._run_steps = BatchShape(), 0
@@ -226,12 +227,10 @@ class StepMonitor:
             return self._pace[1]  # asked for every request that ends with a step
         totals = self.totals
         still_open = sum(ticket.estimate.energy_joules for ticket in self._tickets)
-        now = totals.step_seconds, totals.prefill_joules + totals.decode_joules - still_open
-        if now[0] - self._paces[1][0] >= PACE_SECONDS:
-            self._paces = self._paces[1], now
-        (seconds, joules), _ = self._paces
-        pace = (now[0] - seconds) / (now[1] - joules) if now[1] > joules and now[0] > seconds else 0.0
-        self._pace = now[0], pace
+        now = totals.step_seconds
+        seconds, joules = self._recent.until(now, totals.prefill_joules + totals.decode_joules - still_open)
+        pace = seconds / joules if joules > 0.0 and seconds > 0.0 else 0.0
+        self._pace = now, pace
         return pace
 
     def finish(self, request_id: str) -> RequestCharge | None:

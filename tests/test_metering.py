@@ -100,6 +100,12 @@ class Engine:
         self.slow.append((key, {i: after[i] - before[i] for i in range(len(after))}))
         self.in_flight.append(key)
 
+    def execute(self, seconds: float, chunk: int = 8) -> None:
+        """A step that is scheduled, runs for so long, and comes back."""
+        self.schedule(chunk)
+        self.clock.advance(seconds)
+        self.output()
+
     def spent(self) -> list[float]:
         book = self.monitor.book
         for charge in book.open.values():
@@ -186,9 +192,7 @@ def run(actions: list[tuple[str, object]], devices: int, patient: bool = False, 
                 engine.output()
             case "decode", int(steps) if len(engine.in_flight) < 2:
                 for _ in range(steps):
-                    engine.schedule(1)
-                    engine.clock.advance(0.004)
-                    engine.output()
+                    engine.execute(0.004, 1)
             case "pause", int(milliseconds):
                 engine.clock.advance(milliseconds / 1e3)
             case "edge", (int(device), float(watts)):
@@ -271,9 +275,7 @@ def decode_under_load(longest_step_seconds: float) -> Engine:
                 engine.join(30)
             if number % 90 == 89:
                 engine.leave(engine.running()[0], aborted=False)
-            engine.schedule(8)
-            engine.clock.advance(0.003 + 0.001 * (number % 3))
-            engine.output()
+            engine.execute(0.003 + 0.001 * (number % 3))
             engine.clock.advance(0.001)
             if number % 20 == 19:
                 engine.edge(0, 300.0 + 100.0 * (number > 200))
@@ -297,9 +299,7 @@ def test_a_window_over_many_steps_is_split_behind_several_of_them_and_no_joule_m
     engine = Engine()
     engine.join(4)
     for _ in range(200):
-        engine.schedule(8)
-        engine.clock.advance(0.021)
-        engine.output()
+        engine.execute(0.021)
     engine.edge(0, 300.0)
     metering, tends = engine.metering, 1
     while not engine.accounts:
@@ -321,9 +321,7 @@ def test_all_windows_of_a_tick_are_split_and_settled_before_the_next(devices: in
         for device in range(devices):
             engine.edge(device, 300.0)
         for _ in range(max(steps, 40)):
-            engine.schedule(8)
-            engine.clock.advance(0.4 / steps)
-            engine.output()
+            engine.execute(0.4 / steps)
     assert len(engine.metering.journal) <= 2 * max(steps, 40)
 
 
@@ -332,9 +330,7 @@ def busy(seconds: float, watts: float, engine: Engine | None = None) -> Engine:
     engine = engine or Engine(predictor=ConstantPredictor())
     engine.join(4)
     for tick in range(round(seconds * 100)):
-        engine.schedule(8)
-        engine.clock.advance(0.01)
-        engine.output()
+        engine.execute(0.01)
         if tick % 10 == 9:
             engine.edge(0, watts)
     return engine
@@ -470,9 +466,7 @@ def test_long_steps_two_in_flight_are_measured() -> None:
 def test_a_window_that_comes_too_late_charges_nobody_twice() -> None:
     engine = busy(1.0, 200.0)
     for _ in range(800):  # the meter stalls for eight seconds
-        engine.schedule(8)
-        engine.clock.advance(0.01)
-        engine.output()
+        engine.execute(0.01)
         engine.metering.tend()
     engine.metering.tend_all()
     engine.edge(0, 200.0, Doubt.GAP)
@@ -521,9 +515,7 @@ def test_steps_that_no_meter_saw_are_predicted_at_the_recent_ratio_and_say_so(do
     covered = engine.charges[0].account
     engine.monitor.book.settle(engine.charges[0])
     for tick in range(20):
-        engine.schedule(8)
-        engine.clock.advance(0.01)
-        engine.output()
+        engine.execute(0.01)
         if tick % 10 == 9:
             engine.edge(0, None, doubt)
     engine.finish()
@@ -538,9 +530,7 @@ def test_steps_that_no_meter_saw_are_predicted_at_the_recent_ratio_and_say_so(do
 def test_a_meter_that_falls_silent_leaves_the_steps_to_prediction_after_a_while() -> None:
     engine = busy(0.5, 200.0)
     for _ in range(700):
-        engine.schedule(8)
-        engine.clock.advance(0.01)
-        engine.output()
+        engine.execute(0.01)
         engine.metering.tend()
     assert len(engine.metering.journal) < 600
     account = engine.charges[0].account
@@ -554,9 +544,7 @@ def test_aborted_recomputed_and_rejected_energy_are_lines_of_their_own() -> None
     for prompt in (8, 8):
         engine.join(prompt)
     for _ in range(5):
-        engine.schedule(8)
-        engine.clock.advance(0.1)
-        engine.output()
+        engine.execute(0.1)
     engine.preempt("r0")
     engine.schedule(32)
     engine.clock.advance(0.1)
@@ -659,9 +647,7 @@ def test_the_recent_coverage_is_unknown_at_first_and_falls_where_no_window_is() 
     assert engine.metering.state()["coverage_ratio"] == pytest.approx(1.0)
     engine.join(4)
     for _ in range(100):
-        engine.schedule(8)
-        engine.clock.advance(0.1)
-        engine.output()
+        engine.execute(0.1)
     engine.edge(0, None, Doubt.LOST)
     engine.finish()
     assert 0.0 < engine.metering.state()["coverage_ratio"] < 0.8
@@ -670,9 +656,7 @@ def test_the_recent_coverage_is_unknown_at_first_and_falls_where_no_window_is() 
 def test_a_lost_output_hides_no_step_that_ran_from_a_window() -> None:
     engine = Engine()
     engine.join(4)
-    engine.schedule(8)
-    engine.clock.advance(0.1)
-    engine.output()
+    engine.execute(0.1)
     engine.clock.advance(0.03)
     for prompt, chunk in ((400, 1), (10, 400)):
         engine.join(prompt)
@@ -694,9 +678,7 @@ def test_nothing_is_added_to_a_step_that_a_window_under_way_may_lie_over() -> No
     engine = Engine()
     engine.join(4)
     for seconds in (*[0.021] * 30, 0.003):
-        engine.schedule(8)
-        engine.clock.advance(seconds)
-        engine.output()
+        engine.execute(seconds)
     engine.schedule(8)
     engine.clock.advance(0.003)
     engine.monitor.end(engine.in_flight.popleft())  # not tended yet

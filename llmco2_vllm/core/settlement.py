@@ -156,24 +156,16 @@ class Account:
 
     def pay(self, paid: Paid, step: Step, ratios: Quantities) -> None:
         """Charge one step again, at ``ratios`` per predicted joule."""
-        # Written out, and only what is there: eight requests join a busy engine's step.
+        # Only what is there: eight requests join a busy engine's step.
         _, prefill_joules, decode_joules, decode_tokens, recomputed_joules = paid
-        measured, estimated, half_width, predicted = ratios
+        used = ratios[0] + ratios[1]
         if prefill_joules:
-            prefill = self.prefill
-            prefill[0] += measured * prefill_joules
-            prefill[1] += estimated * prefill_joules
-            prefill[2] += half_width * prefill_joules
-            prefill[3] += predicted * prefill_joules
+            _add(prefill_joules, ratios, self.prefill)
         if decode_tokens:
-            decode = self.decode
-            decode[0] += measured * decode_joules
-            decode[1] += estimated * decode_joules
-            decode[2] += half_width * decode_joules
-            decode[3] += predicted * decode_joules
-            self._last_decode = ((measured + estimated) * decode_joules, decode_tokens)
+            _add(decode_joules, ratios, self.decode)
+            self._last_decode = (used * decode_joules, decode_tokens)
         if recomputed_joules:
-            self.recomputed_joules += (measured + estimated) * recomputed_joules
+            self.recomputed_joules += used * recomputed_joules
         self.steps += 1
         self.covered_steps += step.covered_ratio
 
@@ -183,6 +175,14 @@ class Account:
         wasted = joules * drafts / tokens
         self.rejected_draft_joules += wasted
         return wasted
+
+
+def _add(predicted_joules: float, ratios: Quantities, to: array[float]) -> None:
+    measured, estimated, half_width, predicted = ratios
+    to[0] += measured * predicted_joules
+    to[1] += estimated * predicted_joules
+    to[2] += half_width * predicted_joules
+    to[3] += predicted * predicted_joules
 
 
 class Settlement:

@@ -24,8 +24,9 @@ from prometheus_client.utils import floatToGoString
 from prometheus_client.values import MutexValue
 from pydantic_core import to_json
 
-# A function without types of its own.
+# Functions without types of their own.
 _of_library: Callable[[float], str] = floatToGoString
+_openmetrics: Callable[[_Collected], bytes] = exposition.generate_latest
 # By the number of digits in front of the point: from 1e6 on the library writes 1.5e+10, in its older releases 1.5e+010.
 _EXPONENTS = {digits: _of_library(10.0 ** (digits - 1))[1:].encode() for digits in range(7, 17)}
 
@@ -143,8 +144,7 @@ class _Lines:
     def __init__(self, family: Any) -> None:
         self._family = family
         empty = _Collected(*family.describe())
-        openmetrics: bytes = exposition.generate_latest(empty)  # type: ignore[no-untyped-call]
-        self.headers = generate_latest(empty), openmetrics.removesuffix(b"# EOF\n")
+        self.headers = generate_latest(empty), _openmetrics(empty).removesuffix(b"# EOF\n")
         self.text = b""
         self._count, self._last = 0, None
         self._values, self._seen = array("d"), b""
