@@ -168,8 +168,7 @@ def weigh(serving: Serving, scene: Scene, predictor: Remembering, seed: int) -> 
 
 
 def _half_widths(weighed: Weighed) -> FloatArray:
-    accounts = [charge.account for charge in weighed.charges if charge.account]
-    return np.array([account.prefill[2] + account.decode[2] for account in accounts])
+    return np.array([figures.half_width_joules for figures in weighed.settled])
 
 
 def _scores(serving: Serving, joules: FloatArray, metered: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.metering import MeterWindow
+from llmco2_vllm.core.settlement import Settled
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.meters.activity import EngineActivity
 from llmco2_vllm.meters.base import DeviceIdentity, Reading, Vitals
@@ -98,9 +99,9 @@ class Remembering:
 
 
 class Weighed(NamedTuple):
-    """charges: of each request. windows: all that were metered. kept_joules: requests + idle + unattributed."""
+    """settled: of each request. windows: all that were metered. kept_joules: requests + idle + unattributed."""
 
-    charges: list[RequestCharge]
+    settled: list[Settled]
     windows: list[MeterWindow]
     kept_joules: float
     lag_seconds: float | None
@@ -149,10 +150,16 @@ class Weighing:
         self._until(float(serving.seen[-1]) + QUIET_SECONDS)
         self._metering.tend_all()
         totals = self._metering.attributor.totals
-        measured = sum(c.account.measured_joules for c in self._charges.values() if c.account)
+        settled = [self._settled(request) for request in range(len(last))]
+        measured = sum(figures.measured_joules for figures in settled)
         kept = measured + totals.idle_joules + totals.unattributed_joules
         lag = self._sampler.state()["devices"][0]["lag_seconds"]
-        return Weighed([self._charges[i] for i in range(len(last))], self._windows, kept, lag)
+        return Weighed(settled, self._windows, kept, lag)
+
+    def _settled(self, request: int) -> Settled:
+        account = self._charges[request].account
+        assert account is not None
+        return account.settled(self._metering.settlement.now)
 
     def _until(self, seconds: float) -> None:
         """Let the sampler look as often as it wants to, each time a little late."""
@@ -276,8 +283,8 @@ class Rivals:
 
 def attributed(serving: Serving, weighed: Weighed) -> dict[str, FloatArray]:
     """Joules of each request by phase and method, each of shape (2, requests)."""
-    accounts = [charge.account for charge in weighed.charges if charge.account]
-    phases = np.array([[account.prefill, account.decode] for account in accounts]).transpose(2, 1, 0)
+    ours = np.array([(figures.prefill_joules, figures.decode_joules) for figures in weighed.settled]).T
+    predicted = [(figures.predicted_prefill_joules, figures.predicted_decode_joules) for figures in weighed.settled]
     rivals = Rivals(serving, weighed.windows)
     others = (
         rivals.by_tokens(True),
@@ -286,4 +293,4 @@ def attributed(serving: Serving, weighed: Weighed) -> dict[str, FloatArray]:
         rivals.equally(),
         rivals.whole(),
     )
-    return dict(zip(METHODS, (phases[0] + phases[1], phases[3], *others), strict=True))
+    return dict(zip(METHODS, (ours, np.array(predicted).T, *others), strict=True))

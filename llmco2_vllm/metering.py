@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmco2_vllm.core.attribution import ALL, WINDOW_IN_STEPS, Activity, Attributor, WindowAccount
 from llmco2_vllm.core.comparison import Comparison
 from llmco2_vllm.core.metering import MeterWindow
 from llmco2_vllm.core.recent import RecentGrowth
-from llmco2_vllm.core.settlement import Journal, Paid, Settlement
+from llmco2_vllm.core.settlement import Journal, Settlement
 from llmco2_vllm.core.steps import Step
 
 # What is settled behind one scheduler step, in steps and in requests charged by themselves. Fewer at once would be
@@ -85,7 +85,7 @@ class Metering:
     ) -> None:
         self.attributor = attributor
         self.comparison = Comparison()
-        self.journal: Journal = deque()
+        self.journal = Journal()
         self.settlement = Settlement(self.journal)
         self._source = source
         self._listener = listener or Deaf()
@@ -99,18 +99,16 @@ class Metering:
         # Of time, measured joules and estimated joules, for the coverage.
         self._recent = RecentGrowth(COVERAGE_SECONDS, clock(), 0.0, 0.0)
 
-    def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
-        """A step was scheduled, and these requests were charged in it outside the running sums."""
-        step.paid = paid
-        self.journal.append(step)
+    def opened(self, step: Step) -> Step:
+        """A step was scheduled."""
+        self.journal.opened(step)
         self.attributor.opened(step)
         return step
 
     def repeated(self, step: Step, now_seconds: float) -> bool:
         """A further execution of the last step is scheduled; False where it must be a step of its own."""
-        # Not behind a turn of the journal: whoever has joined or left since would pay for the wrong executions.
-        journal = self.journal
-        return bool(journal) and journal[-1] is step and self.attributor.repeated(step, now_seconds)
+        # Whoever has joined or left since would pay for the wrong executions.
+        return self.journal.is_at(step) and self.attributor.repeated(step, now_seconds)
 
     def lost(self, step: Step) -> None:
         """No output will come for its first open execution."""

@@ -16,8 +16,7 @@ from llmco2_vllm.core.batch import BatchShape
 from llmco2_vllm.core.estimate import Estimate, Predictor
 from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
 from llmco2_vllm.core.recent import RecentGrowth
-from llmco2_vllm.core.settlement import Paid
-from llmco2_vllm.core.steps import Step
+from llmco2_vllm.core.steps import Mark, Step
 from llmco2_vllm.metering import Metering
 
 # A steady step is priced anew after this growth of the total context, and not before so many steps (docs/adr/0002).
@@ -123,8 +122,9 @@ class StepMonitor:
             for part in slices:
                 part.pay(estimate)
         else:
-            paid = [_paid(part, estimate) for part in slices]
-            step = self.metering.opened(Step(now, estimate, shape), paid)
+            step = self.metering.opened(Step(now, estimate, shape))
+            if slices:
+                _pay(slices, estimate, self.metering.journal.mark())
         book.advance(estimate)
         self._priced, self._repeats_allowed = None, 0
         self._add(shape, estimate)
@@ -274,11 +274,11 @@ class StepMonitor:
         return len(self._tickets)
 
 
-def _paid(part: RequestSlice, estimate: Estimate) -> Paid:
-    account = part.charge.account
-    assert account is not None
-    prefill, decode, recomputed = part.pay(estimate)
-    return Paid(account, prefill, decode, part.decode, recomputed)
+def _pay(slices: list[RequestSlice], estimate: Estimate, mark: Mark) -> None:
+    for part in slices:
+        joules, account = part.pay(estimate), part.charge.account
+        assert account is not None
+        account.pay(mark, joules, part.decode)
 
 
 def empty_batch_costs_nothing(predictor: Predictor) -> bool:

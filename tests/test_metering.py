@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,7 +14,7 @@ from llmco2_vllm.core import attribution
 from llmco2_vllm.core.attribution import Activity, Attributor, WindowAccount
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.metering import Doubt, MeterWindow
-from llmco2_vllm.core.settlement import Paid
+from llmco2_vllm.core.settlement import Settled
 from llmco2_vllm.core.steps import Step
 from llmco2_vllm.metering import HostEnergy, Metering
 from llmco2_vllm.monitor import StepMonitor
@@ -29,9 +28,9 @@ class NotingMetering(Metering):
 
     steps: list[Step]
 
-    def opened(self, step: Step, paid: Sequence[Paid] = ()) -> Step:
+    def opened(self, step: Step) -> Step:
         self.steps.append(step)
-        return super().opened(step, paid)
+        return super().opened(step)
 
     def repeated(self, step: Step, now_seconds: float) -> bool:
         taken = super().repeated(step, now_seconds)
@@ -74,6 +73,15 @@ class Engine:
         name = f"r{len(self.charges)}"
         self.charges.append(self.monitor.book.join(name, 0, prompt, prompt))
         self.left[name] = prompt
+
+    def settled(self, place: int) -> Settled:
+        """What the settled steps of a request came to."""
+        account = self.charges[place].account
+        assert account is not None
+        return account.settled(self.metering.settlement.now)
+
+    def all_settled(self) -> list[Settled]:
+        return [self.settled(place) for place in range(len(self.charges))]
 
     def running(self) -> list[str]:
         return list(self.monitor.book.open)
@@ -221,7 +229,7 @@ def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str,
     engine = run(actions, devices)
     totals = engine.metering.attributor.totals
     metered = sum(account.window.energy_joules or 0.0 for account in engine.accounts)
-    measured = sum(charge.account.measured_joules for charge in engine.charges if charge.account)
+    measured = sum(settled.measured_joules for settled in engine.all_settled())
     rest = totals.idle_joules + totals.sleeping_joules + totals.unattributed_joules
     scale = max(metered, abs(totals.unattributed_joules), 1.0)
     assert totals.metered_joules == pytest.approx(metered, rel=1e-12)
@@ -238,14 +246,15 @@ def test_requests_idle_and_rest_are_the_counters_joules(actions: list[tuple[str,
 def test_running_sums_give_each_request_what_single_steps_give(actions: list[tuple[str, object]], devices: int) -> None:
     engine = run(actions, devices)
     for place, charge in enumerate(engine.charges):
-        account = charge.account
-        assert account is not None and account.final and account.steps == charge.steps
+        assert charge.account is not None and charge.account.final
+        settled = engine.settled(place)
         slow = sum(
             step.measured_ratio * spent.get(place, 0.0)
             for step, (_, spent) in zip(engine.metering.steps, engine.slow, strict=True)
         )
-        assert account.measured_joules == pytest.approx(slow, rel=1e-7, abs=1e-6)
-        assert account.prefill[3] + account.decode[3] == pytest.approx(charge.energy_joules, rel=1e-9)
+        assert settled.measured_joules == pytest.approx(slow, rel=1e-7, abs=1e-6)
+        assert settled.predicted_prefill_joules == pytest.approx(charge.prefill_joules, rel=1e-9)
+        assert settled.predicted_decode_joules == pytest.approx(charge.decode_joules, rel=1e-9)
 
 
 @settings(max_examples=200, deadline=None)
@@ -259,10 +268,9 @@ def test_figures_do_not_depend_on_how_often_windows_are_looked_for(
         # A step of several executions ends where a window is looked for.
         patch.setattr(attribution, "LONGEST_STEP_SECONDS", 0.0)
         eager, patient = (run(brief, devices, patient, 0.001) for patient in (False, True))
-    for one, other in zip(eager.charges, patient.charges, strict=True):
-        assert one.account is not None and other.account is not None
-        assert one.account.measured_joules == pytest.approx(other.account.measured_joules, rel=1e-9, abs=1e-9)
-        assert one.account.covered_steps == pytest.approx(other.account.covered_steps)
+    for one, other in zip(eager.all_settled(), patient.all_settled(), strict=True):
+        assert one.measured_joules == pytest.approx(other.measured_joules, rel=1e-9, abs=1e-9)
+        assert one.half_width_joules == pytest.approx(other.half_width_joules, rel=1e-6, abs=1e-9)
 
 
 def decode_under_load(longest_step_seconds: float) -> Engine:
@@ -288,10 +296,9 @@ def test_short_executions_of_one_batch_are_one_step_to_the_meter_and_cost_their_
     steps = {id(step): step for step in together.metering.steps}.values()
     assert len(single.metering.steps) == len(together.metering.steps) == sum(step.executions for step in steps)
     assert len(steps) < len(single.metering.steps) / 2 and max(step.executions for step in steps) <= 5
-    for one, other in zip(single.charges, together.charges, strict=True):
-        assert one.account is not None and other.account is not None
-        assert one.account.steps == other.account.steps
-        assert one.account.measured_joules == pytest.approx(other.account.measured_joules, rel=0.005)
+    for one, other in zip(single.all_settled(), together.all_settled(), strict=True):
+        assert one.predicted_decode_joules == pytest.approx(other.predicted_decode_joules, rel=1e-9)
+        assert one.measured_joules == pytest.approx(other.measured_joules, rel=0.005)
     assert_conserved(together.metering)
 
 
@@ -346,8 +353,7 @@ def test_a_step_cut_by_an_edge_pays_by_its_share_on_either_side() -> None:
     engine.output()
     engine.edge(0, 500.0)
     engine.finish(0.0)
-    assert engine.charges[0].account is not None
-    assert engine.charges[0].account.measured_joules == pytest.approx(0.3 * 100 + 0.1 * 500)
+    assert engine.settled(0).measured_joules == pytest.approx(0.3 * 100 + 0.1 * 500)
 
 
 def test_gaps_are_idle_and_a_window_without_steps_is_idle_entirely() -> None:
@@ -399,10 +405,9 @@ def test_the_interval_of_a_request_in_bounded_windows_is_as_wide_as_its_figure(w
     engine = busy(10.0, 200.0)
     engine.leave("r0", aborted=False)
     busy(0.1, watts, engine)
-    account = engine.charges[1].account
     engine.finish(0.0)
-    assert account is not None and account.final
-    assert account.prefill[2] + account.decode[2] == pytest.approx(account.measured_joules, rel=0.01)
+    settled = engine.settled(1)
+    assert settled.half_width_joules == pytest.approx(settled.measured_joules, rel=0.01)
 
 
 def test_energy_of_a_shared_board_is_nobodys() -> None:
@@ -413,9 +418,9 @@ def test_energy_of_a_shared_board_is_nobodys() -> None:
     engine.output()
     engine.edge(0, 700.0, Doubt.SHARED)
     engine.finish(0.0)
-    totals, account = engine.metering.attributor.totals, engine.charges[0].account
+    totals = engine.metering.attributor.totals
     assert totals.unattributed_joules == pytest.approx(700) and totals.idle_joules == 0.0
-    assert account is not None and account.measured_joules == 0.0
+    assert engine.settled(0).measured_joules == 0.0
 
 
 def test_while_the_hook_is_off_energy_is_nobodys_and_teaches_no_idle_power() -> None:
@@ -459,8 +464,8 @@ def test_long_steps_two_in_flight_are_measured() -> None:
             engine.edge(0, 200.0)
         engine.output()
     engine.finish(200.0)
-    account = engine.charges[0].account
-    assert account is not None and account.covered_steps == pytest.approx(account.steps)
+    settled = engine.settled(0)
+    assert settled.estimated_joules == pytest.approx(0.0) and settled.measured_joules > 0.0
 
 
 def test_a_window_that_comes_too_late_charges_nobody_twice() -> None:
@@ -471,11 +476,10 @@ def test_a_window_that_comes_too_late_charges_nobody_twice() -> None:
     engine.metering.tend_all()
     engine.edge(0, 200.0, Doubt.GAP)
     engine.finish(0.0)
-    account, totals = engine.charges[0].account, engine.metering.attributor.totals
-    assert account is not None
+    settled, totals = engine.settled(0), engine.metering.attributor.totals
     # Three of the nine seconds had been left to prediction when the window came: their energy is nobody's.
-    assert account.decode[1] > 0.0 and totals.unattributed_joules == pytest.approx(600, rel=0.02)
-    assert account.measured_joules == pytest.approx(1200, rel=0.02)
+    assert settled.estimated_joules > 0.0 and totals.unattributed_joules == pytest.approx(600, rel=0.02)
+    assert settled.measured_joules == pytest.approx(1200, rel=0.02)
 
 
 def test_idle_power_asleep_is_learned_although_the_sampler_marks_such_windows() -> None:
@@ -512,7 +516,6 @@ def test_a_predictor_that_is_far_off_is_followed_from_the_start() -> None:
 @pytest.mark.parametrize("doubt", [Doubt.LOST, Doubt.FROZEN, Doubt.COUNTER_DECREASED])
 def test_steps_that_no_meter_saw_are_predicted_at_the_recent_ratio_and_say_so(doubt: Doubt) -> None:
     engine = busy(2.0, 200.0)
-    covered = engine.charges[0].account
     engine.monitor.book.settle(engine.charges[0])
     for tick in range(20):
         engine.execute(0.01)
@@ -520,11 +523,12 @@ def test_steps_that_no_meter_saw_are_predicted_at_the_recent_ratio_and_say_so(do
             engine.edge(0, None, doubt)
     engine.finish()
     steps = engine.metering.steps
-    assert covered is not None and covered.steps == 220
-    assert covered.covered_steps == pytest.approx(200)
-    assert covered.decode[1] > 0.0 and engine.metering.attributor.totals.unmetered_seconds == pytest.approx(0.2)
+    assert engine.metering.attributor.totals.unmetered_seconds == pytest.approx(0.2)
     unseen = sum(spent[0] for step, (_, spent) in zip(steps, engine.slow, strict=True) if not step.covered_ratio)
-    assert covered.decode[1] == pytest.approx(unseen * engine.metering.attributor.recent_ratio)
+    settled, spent_joules = engine.settled(0), engine.charges[0].energy_joules
+    assert settled.predicted_prefill_joules + settled.predicted_decode_joules == pytest.approx(spent_joules)
+    assert settled.estimated_joules > 0.0
+    assert settled.estimated_joules == pytest.approx(unseen * engine.metering.attributor.recent_ratio)
 
 
 def test_a_meter_that_falls_silent_leaves_the_steps_to_prediction_after_a_while() -> None:
@@ -533,10 +537,9 @@ def test_a_meter_that_falls_silent_leaves_the_steps_to_prediction_after_a_while(
         engine.execute(0.01)
         engine.metering.tend()
     assert len(engine.metering.journal) < 600
-    account = engine.charges[0].account
-    assert account is not None
-    account.settle(engine.metering.settlement.now)
-    assert account.covered_steps == pytest.approx(50) and account.steps > 150
+    settled = engine.settled(0)
+    assert settled.measured_joules == pytest.approx(0.5 * 200)
+    assert settled.estimated_joules > 2 * settled.measured_joules
 
 
 def test_aborted_recomputed_and_rejected_energy_are_lines_of_their_own() -> None:
@@ -552,11 +555,10 @@ def test_aborted_recomputed_and_rejected_energy_are_lines_of_their_own() -> None
     engine.leave("r1", aborted=True)
     engine.edge(0, 300.0)
     engine.finish()
-    settlement, (first, second) = engine.metering.settlement, [charge.account for charge in engine.charges]
-    assert first is not None and second is not None
+    settlement, (first, second) = engine.metering.settlement, engine.all_settled()
     assert settlement.aborted_joules == pytest.approx(second.value_joules)
     assert settlement.recomputed_joules == pytest.approx(first.recomputed_joules) and first.recomputed_joules > 0
-    assert first.recomputed_joules < first.prefill[0]
+    assert first.recomputed_joules < first.prefill_joules
 
 
 def test_rejected_drafts_take_their_part_of_the_step_that_computed_them() -> None:
@@ -572,8 +574,9 @@ def test_rejected_drafts_take_their_part_of_the_step_that_computed_them() -> Non
     engine.monitor.book.reject(charge, 3)
     engine.edge(0, 300.0)
     engine.finish()
-    assert charge.account is not None
-    assert charge.account.rejected_draft_joules == pytest.approx(0.75 * charge.account.decode[0])
+    settled = engine.settled(0)
+    assert settled.rejected_draft_joules == pytest.approx(0.75 * settled.decode_joules)
+    assert engine.metering.settlement.rejected_draft_joules == settled.rejected_draft_joules > 0.0
 
 
 def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
@@ -587,7 +590,7 @@ def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
     engine.finish()
     totals = engine.metering.attributor.totals
     assert totals.metered_joules == pytest.approx(250)
-    assert engine.charges[0].account is not None and engine.charges[0].account.measured_joules > 0
+    assert engine.settled(0).measured_joules > 0
 
 
 def test_the_host_is_counted_apart_and_what_its_meter_does_not_know_is_not_zero() -> None:
@@ -618,7 +621,8 @@ def test_an_execution_whose_output_never_comes_holds_no_window_up(pause_seconds:
     engine.finish(300.0)
     totals, (charge,) = engine.metering.attributor.totals, engine.charges
     assert len(engine.accounts) == 4 and not engine.metering.attributor.waiting
-    assert charge.account is not None and charge.account.final and charge.account.steps == 61
+    assert charge.account is not None and charge.account.final and charge.steps == 61
+    assert engine.settled(0).predicted_decode_joules == pytest.approx(charge.decode_joules)
     assert totals.attributed_joules > 0.9 * 300.0 * 0.24
     assert_conserved(engine.metering)
 

@@ -275,18 +275,14 @@ class Attributor:
         return None
 
     def settled(self, now_seconds: float, most: int = ALL) -> list[Step]:
-        """Steps no further window can touch, in order; what no window covers is left to prediction.
-
-        Enough of them to charge ``most`` requests by themselves, counting a step as one; but two, or there would be
-        more and more where one is found for each that comes.
-        """
+        """At most so many steps no further window can touch, in order; what no window covers is left to prediction."""
         found: list[Step] = []
         frontier = min(self._frontier)
         patience = min((now_seconds - LONGEST_WAIT_SECONDS, *(q[0].begin_seconds for q in self._windows if q)))
         reached = max(frontier, patience)
         if self._inside is not None:
             reached = min(frontier, self._inside.window.begin_seconds)  # it may touch any step behind
-        while self._steps and (most > 0 or len(found) < 2):
+        while self._steps and len(found) < most:
             step = self._steps[0]
             if step.end_seconds > reached or step.begin_seconds == reached:  # without length, it lies behind the edge
                 break
@@ -294,7 +290,6 @@ class Attributor:
             self._first += 1
             step.sealed = True
             step.weigh()
-            most -= 1 + len(step.paid)
             self._last_end = max(self._last_end, step.end_seconds)
             found.append(step)
             if step.end_seconds > frontier:

@@ -2,7 +2,7 @@
 
 A request in steady decode (one token a step) is not charged step by step. Its share of step s is
 ``a(s) + b(s) * context``, and its context grows by one a step, so it is enough to keep running
-sums of a, b and b * s for the whole engine and to note where each request entered them
+sums of a + b * s and b for the whole engine and to note where each request entered them
 (ARCHITECTURE decision 7, docs/adr/0001). All other requests of a step, those in prefill or with
 drafts, are charged one by one. Plain Python numbers: at a few changes per step, the first call of
 an array operation costs more than the arithmetic.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from llmco2_vllm.core.batch import EMPTY_PHASE, BatchShape, PhaseShape
 from llmco2_vllm.core.estimate import Estimate
-from llmco2_vllm.core.settlement import CONCLUDE, ENTER, INTERRUPT, LEAVE, REJECT, Account, Journal, Turn
+from llmco2_vllm.core.settlement import Account, Concluded, Journal, decode_terms
 
 # The sums are begun anew after so many steps, or differences of large sums would lose digits.
 REBASE_STEPS = 1 << 16
@@ -22,7 +22,7 @@ _NEVER = 1 << 62
 
 
 class DecodeSums(NamedTuple):
-    """Running sums over decode steps at one moment; fixed, slope, ramp = sums of a, b, b * step.
+    """Running sums over decode steps at one moment; fixed, slope = sums of a + b * step and of b.
 
     outside_at: the last step whose estimate was out of distribution, -1 before there was one.
     """
@@ -30,26 +30,21 @@ class DecodeSums(NamedTuple):
     steps: int = 0
     fixed: float = 0.0
     slope: float = 0.0
-    ramp: float = 0.0
     lower_fixed: float = 0.0
     lower_slope: float = 0.0
-    lower_ramp: float = 0.0
     upper_fixed: float = 0.0
     upper_slope: float = 0.0
-    upper_ramp: float = 0.0
     outside_at: int = -1
 
     def since(self, begin: DecodeSums, offset: int) -> tuple[float, float, float]:
         """(joules, lower, upper) of a request since ``begin``; its context is ``offset`` ahead of the steps."""
+        _, fixed, slope, lower_fixed, lower_slope, upper_fixed, upper_slope, _ = self
+        _, fixed_then, slope_then, lower_fixed_then, lower_slope_then, upper_fixed_then, upper_slope_then, _ = begin
         return (
-            self.fixed - begin.fixed + offset * (self.slope - begin.slope) + self.ramp - begin.ramp,
-            self.lower_fixed - begin.lower_fixed
-            + offset * (self.lower_slope - begin.lower_slope)
-            + self.lower_ramp - begin.lower_ramp,
-            self.upper_fixed - begin.upper_fixed
-            + offset * (self.upper_slope - begin.upper_slope)
-            + self.upper_ramp - begin.upper_ramp,
-        )  # fmt: skip
+            fixed - fixed_then + offset * (slope - slope_then),
+            lower_fixed - lower_fixed_then + offset * (lower_slope - lower_slope_then),
+            upper_fixed - upper_fixed_then + offset * (upper_slope - upper_slope_then),
+        )
 
 
 class RequestCharge:
@@ -175,7 +170,7 @@ class RequestSlice(NamedTuple):
 class LedgerBook:
     """All open ledgers. ``decoding`` are those in steady decode, charged through the running sums.
 
-    journal: where the turns of the ledgers are noted for settlement, None without a meter.
+    journal: where the moments are found at which metered accounts turn, None without a meter.
     """
 
     def __init__(self, journal: Journal | None = None) -> None:
@@ -201,24 +196,22 @@ class LedgerBook:
         """Close a ledger and return it with its last figures, or None if there was none."""
         charge = self.open.pop(request_id, None)
         if charge is not None:
+            if self._journal is not None and charge.account is not None:
+                charge.account.leave(self._journal.mark())
             if self.decoding.pop(request_id, None) is not None:
                 self._stop(charge)
-            self._note(LEAVE, charge)
         return charge
 
     def reject(self, charge: RequestCharge, drafts: int) -> None:
         """Take back rejected draft tokens of a request."""
         charge.reject(drafts)
-        self._note(REJECT, charge, drafts)
+        if self._journal is not None and charge.account is not None and (lost := charge.account.reject(drafts)):
+            self._journal.open.append(lost)
 
     def conclude(self, charge: RequestCharge, reported_ratio: float) -> None:
         """A closed ledger's energy was reported to its client, or this share of it."""
-        if reported_ratio != 1.0:
-            self._note(CONCLUDE, charge, reported_ratio)
-
-    def _note(self, turn: Turn, charge: RequestCharge, value: float = 0.0) -> None:
-        if self._journal is not None and charge.account is not None:
-            self._journal.append((turn, charge.account, value))
+        if self._journal is not None and charge.account is not None and reported_ratio != 1.0:
+            self._journal.open.append(Concluded(charge.account, reported_ratio))
 
     def enter(self, request_id: str) -> None:
         """From its next step on the request decodes one token a step."""
@@ -227,19 +220,23 @@ class LedgerBook:
         charge.offset = charge.computed - self._now.steps
         self.decoding[request_id] = charge
         self._context += charge.computed
-        self._note(ENTER, charge, charge.computed)
+        if self._journal is not None and charge.account is not None:
+            charge.account.enter(self._journal.mark(), charge.computed)
 
     def interrupt(self, request_id: str) -> None:
         """The request is not in steady decode any more: settle what it owes."""
         charge = self.decoding.pop(request_id, None)
         if charge is not None:
+            if self._journal is not None and charge.account is not None:
+                charge.account.interrupt(self._journal.mark())
             self._stop(charge)
-            self._note(INTERRUPT, charge)
 
     def _stop(self, charge: RequestCharge) -> None:
         self.settle(charge)
         charge.entered = None
         self._context -= charge.computed
+        if self._journal is not None and not self.decoding:
+            self._journal.begin_anew()
 
     def settle(self, charge: RequestCharge) -> None:
         """Bring a decoding request's figures up to date; others are so already."""
@@ -289,22 +286,16 @@ class LedgerBook:
         if not self.decoding:
             return
         now = self._now
-        per_token, per_pair, per_sample = estimate.decode
+        fixed, slope = decode_terms(estimate, now.steps, steps)
         lower, upper = estimate.lower_ratio, estimate.upper_ratio
-        fixed, slope = steps * (per_token + per_sample), steps * per_pair
-        # The context of a request before step s is offset + s; its token sees one more.
-        ramp = per_pair * (steps * now.steps + steps * (steps + 1) // 2)
         self._now = DecodeSums(
             now.steps + steps,
             now.fixed + fixed,
             now.slope + slope,
-            now.ramp + ramp,
             now.lower_fixed + lower * fixed,
             now.lower_slope + lower * slope,
-            now.lower_ramp + lower * ramp,
             now.upper_fixed + upper * fixed,
             now.upper_slope + upper * slope,
-            now.upper_ramp + upper * ramp,
             now.outside_at if estimate.in_distribution else now.steps + steps,
         )
         self._context += steps * len(self.decoding)

@@ -1,188 +1,263 @@
 """The measured side of the ledgers: what was charged at predicted rates, charged again at measured ones.
 
-The scheduler decides and charges at once; a meter answers a tick or two later. So every turn of a ledger is noted
-in a journal, in its order, and gone through once more when the steps before it are settled: a request in steady
-decode by the difference of running sums, as in ``ledgers.py``, all others step by step.
+The scheduler decides and charges at once; a meter answers a tick or two later. So a request keeps what it was charged
+with the marks of the steps, and its figures are found when somebody asks for them: of steady decode by the difference
+of running sums between two marks, as in ``ledgers.py``, of all else by the ratio of the step. Nothing is done for
+single requests as their steps are settled (docs/adr/0019).
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Iterable
-from enum import IntEnum
 from typing import NamedTuple
 
-from llmco2_vllm.core.steps import Step
+from llmco2_vllm.core.estimate import Estimate
+from llmco2_vllm.core.steps import Mark, Step
 
-Quantities = tuple[float, float, float, float]
-_NOTHING = array("d", (0.0, 0.0, 0.0, 0.0))
-
-
-class Turn(IntEnum):
-    """What happens to a ledger between steps."""
-
-    ENTER = 0  # steady decode; value: tokens in its KV cache
-    INTERRUPT = 1
-    REJECT = 2  # value: draft tokens of its last step that were rejected
-    LEAVE = 3  # from steady decode or not
-    CONCLUDE = 4  # value: share of its energy that was reported to a client, 0 for an aborted request; not noted for 1
+# A request's oldest parts are added up as soon as so many of them are settled.
+MOST_PARTS = 16
 
 
-# A member by way of its class takes longer than all else in noting a turn.
-ENTER, INTERRUPT, REJECT, LEAVE, CONCLUDE = Turn
+class Rejected(NamedTuple):
+    """Drafts were rejected that a step had computed; predicted joules."""
 
-Journal = deque["Step | tuple[Turn, Account, float]"]
+    mark: Mark
+    joules: float
 
 
-class Paid(NamedTuple):
-    """What one request was charged in one step outside steady decode, predicted joules.
-
-    recomputed_joules: part of the prefill that had been computed before a preemption.
-    """
+class Concluded(NamedTuple):
+    """A request is gone of whose energy only this share was told to a client, 0 to 1: none of an aborted one."""
 
     account: Account
-    prefill_joules: float
-    decode_joules: float
-    decode_tokens: int
-    recomputed_joules: float
+    reported_ratio: float
 
 
-class Sums(NamedTuple):
-    """Running sums over settled steps at one moment.
+class Journal:
+    """What the scheduler decided and no meter has answered yet, in its order: steps, and what else totals are made of.
 
-    joules: by quantity (measured, estimated, half width, predicted) the sums of a, b and b * step, as in
-    ``DecodeSums``. covered: steps, each by the share of it that windows covered.
+    A mark among them: the running sums begin anew there, no request is in steady decode.
     """
 
-    steps: int
-    covered: float
-    joules: array[float]
+    def __init__(self) -> None:
+        self.open: deque[Step | Mark | Rejected | Concluded] = deque()
+        self._newest: Step | Mark
+        self.begin_anew()
 
-    def add_since(self, begin: Sums, offset: int, to: array[float]) -> None:
-        """Add the quantities of a request since ``begin``; its context is ``offset`` ahead of the steps."""
-        x, y = self.joules, begin.joules
-        to[0] += x[0] - y[0] + offset * (x[1] - y[1]) + x[2] - y[2]
-        to[1] += x[3] - y[3] + offset * (x[4] - y[4]) + x[5] - y[5]
-        to[2] += x[6] - y[6] + offset * (x[7] - y[7]) + x[8] - y[8]
-        to[3] += x[9] - y[9] + offset * (x[10] - y[10]) + x[11] - y[11]
+    def __len__(self) -> int:
+        return len(self.open)
+
+    def opened(self, step: Step) -> None:
+        """A step was scheduled."""
+        self.open.append(step)
+        self._newest = step
+
+    def begin_anew(self) -> None:
+        """Nobody is in steady decode: sums over many steps would lose the digits of those over a few."""
+        mark = Mark()
+        self.open.append(mark)
+        self._newest = mark
+
+    def mark(self) -> Mark:
+        """The moment behind the newest step."""
+        newest = self._newest
+        if isinstance(newest, Mark):
+            return newest
+        if newest.mark is None:
+            newest.mark = Mark()
+        return newest.mark
+
+    def is_at(self, step: Step) -> bool:
+        """Whether nothing has happened since this step was scheduled: nobody joined, nobody left."""
+        return step.mark is None and bool(self.open) and self.open[-1] is step
+
+    def settled(self, step: Step) -> None:
+        """Whoever comes behind the newest step finds its mark although it is settled."""
+        if step is self._newest:
+            self.mark()
+
+
+def decode_terms(estimate: Estimate, steps: int, count: int = 1) -> tuple[float, float]:
+    """What ``count`` steps behind ``steps`` others add to the running sums of a + b * step and of b, joules."""
+    per_token, per_pair, per_sample = estimate.decode
+    # The context of a request before step s is offset + s; its token sees one more.
+    ramp = count * steps + count * (count + 1) // 2
+    return count * (per_token + per_sample) + per_pair * ramp, count * per_pair
 
 
 class _Running:
-    """The sums as they grow; plain additions in place, because they are behind every scheduler step."""
+    """Running sums over settled steps, of all quantities of a mark."""
 
     def __init__(self) -> None:
-        self.steps = 0
-        self.covered = 0.0
-        self._joules = array("d", [0.0] * 12)
-        self._moment: Sums | None = None
+        self._steps = 0
+        self._sums = (0.0,) * 8
 
-    @property
-    def now(self) -> Sums:
-        """The sums at this moment; the same object until a step is added."""
-        if self._moment is None:
-            self._moment = Sums(self.steps, self.covered, self._joules[:])
-        return self._moment
+    def mark(self, mark: Mark) -> None:
+        """This is the moment of a mark."""
+        mark.steps, mark.sums = self._steps, self._sums
 
-    def add(self, step: Step, ratios: Quantities) -> None:
-        """One more step, paid by the requests in steady decode at its predicted rates times ``ratios``."""
-        per_token, per_pair, per_sample = step.estimate.decode
-        count, joules = step.executions, self._joules
-        fixed, slope = count * (per_token + per_sample), count * per_pair
-        # As in LedgerBook.advance.
-        ramp = per_pair * (count * self.steps + count * (count + 1) // 2)
-        place = 0
-        for ratio in ratios:
-            if ratio:
-                joules[place] += ratio * fixed
-                joules[place + 1] += ratio * slope
-                joules[place + 2] += ratio * ramp
-            place += 3
-        self.steps += count
-        self.covered += count * step.covered_ratio
-        self._moment = None
+    def add(self, step: Step, ratios: tuple[float, float, float]) -> None:
+        """One more step, paid by the requests in steady decode at its predicted rates times these ratios."""
+        value, estimated, half_width = ratios
+        fixed, slope = decode_terms(step.estimate, self._steps, step.executions)
+        a, b, c, d, e, f, g, h = self._sums
+        self._sums = (
+            a + value * fixed,
+            b + value * slope,
+            c + estimated * fixed,
+            d + estimated * slope,
+            e + half_width * fixed,
+            f + half_width * slope,
+            g + fixed,
+            h + slope,
+        )
+        self._steps += step.executions
 
 
-class Account:
-    """What the settled steps of one request came to.
+class Settled(NamedTuple):
+    """What the settled steps of a request came to, joules.
 
-    prefill, decode: joules by quantity: measured, estimated (no window covered them: predicted, at the recent ratio),
-    half width of the 90 % interval, predicted. covered_steps of ``steps``. recomputed_joules and
-    rejected_draft_joules are parts of the first two. final: nothing will be added.
+    prefill_joules, decode_joules: measured, and predicted times the recent ratio where no window was; estimated_joules
+    is that part of both, recomputed_joules and rejected_draft_joules are others. half_width_joules: of the 90 %
+    interval of their sum. predicted_*: of the same steps.
     """
 
-    __slots__ = (
-        "_last_decode",
-        "covered_steps",
-        "decode",
-        "entered",
-        "final",
-        "offset",
-        "prefill",
-        "recomputed_joules",
-        "rejected_draft_joules",
-        "steps",
-    )
-
-    def __init__(self) -> None:
-        # Arrays lie in one place: an account is looked at when the caches have long forgotten it.
-        self.prefill, self.decode = _NOTHING[:], _NOTHING[:]
-        self.steps = 0
-        self.covered_steps = self.recomputed_joules = self.rejected_draft_joules = 0.0
-        self.entered: Sums | None = None
-        self.offset = 0
-        self.final = False
-        self._last_decode = (0.0, 1)
-
-    @property
-    def measured_joules(self) -> float:
-        """What windows said, both phases."""
-        return self.prefill[0] + self.decode[0]
+    prefill_joules: float
+    decode_joules: float
+    half_width_joules: float
+    predicted_prefill_joules: float
+    predicted_decode_joules: float
+    recomputed_joules: float
+    rejected_draft_joules: float
+    estimated_joules: float
 
     @property
     def value_joules(self) -> float:
-        """Measured and estimated, both phases."""
-        return self.measured_joules + self.prefill[1] + self.decode[1]
+        """Both phases."""
+        return self.prefill_joules + self.decode_joules
 
-    def settle(self, now: Sums) -> None:
-        """Bring an account in steady decode up to date."""
-        begin = self.entered
-        if begin is None or begin is now:
-            return
-        now.add_since(begin, self.offset, self.decode)
-        self.steps += now.steps - begin.steps
-        self.covered_steps += now.covered - begin.covered
-        self.entered = now
+    @property
+    def measured_joules(self) -> float:
+        """What windows said of both phases."""
+        return self.prefill_joules + self.decode_joules - self.estimated_joules
 
-    def pay(self, paid: Paid, step: Step, ratios: Quantities) -> None:
-        """Charge one step again, at ``ratios`` per predicted joule."""
-        # Only what is there: eight requests join a busy engine's step.
-        _, prefill_joules, decode_joules, decode_tokens, recomputed_joules = paid
-        used = ratios[0] + ratios[1]
-        if prefill_joules:
-            _add(prefill_joules, ratios, self.prefill)
+
+# What a request was charged by itself in the step of a mark: joules of prefill and of decode, and the parts of it that
+# had been computed before a preemption and that rejected drafts took.
+_Part = tuple[Mark, float, float, float, float]
+# Steady decode between two marks, with so many tokens in the KV cache at the first.
+_Run = tuple[Mark, Mark, int]
+
+
+class Account:
+    """What one request was charged, until meters have answered: its own parts of steps, and its runs of steady decode.
+
+    Few words in one place: it is looked at when the caches have long forgotten it.
+    """
+
+    __slots__ = ("_context", "_drafted", "_entered", "_left", "_parts", "_runs", "_sums")
+
+    def __init__(self) -> None:
+        self._parts: list[_Part] = []
+        self._runs: list[_Run] | None = None
+        self._entered: Mark | None = None
+        self._left: Mark | None = None
+        self._context = 0
+        self._drafted: tuple[Mark, float] | None = None  # joules per token of its last step in decode
+        self._sums: list[float] | None = None  # of parts and runs that are added up, as in Settled
+
+    def pay(self, mark: Mark, joules: tuple[float, float, float], decode_tokens: int) -> None:
+        """It was charged by itself in a step; predicted joules of prefill, decode, and prefill computed again."""
+        prefill, decode, recomputed = joules
+        parts = self._parts
+        parts.append((mark, prefill, decode, recomputed, 0.0))
+        if recomputed:
+            mark.recomputed_joules += recomputed
         if decode_tokens:
-            _add(decode_joules, ratios, self.decode)
-            self._last_decode = (used * decode_joules, decode_tokens)
-        if recomputed_joules:
-            self.recomputed_joules += used * recomputed_joules
-        self.steps += 1
-        self.covered_steps += step.covered_ratio
+            self._drafted = mark, decode / decode_tokens
+        if len(parts) > MOST_PARTS and parts[MOST_PARTS - 1][0].sums is not None:
+            self._sums = sums = self._sums or [0.0] * 8
+            for part in parts[:MOST_PARTS]:
+                _add_part(sums, part)
+            del parts[:MOST_PARTS]
 
-    def reject(self, drafts: int) -> float:
-        """Part of the last step's energy that went into rejected drafts."""
-        joules, tokens = self._last_decode
-        wasted = joules * drafts / tokens
-        self.rejected_draft_joules += wasted
-        return wasted
+    def enter(self, mark: Mark, context: int) -> None:
+        """It is in steady decode from now on, with so many tokens in its KV cache."""
+        self._entered, self._context = mark, context
+
+    def interrupt(self, mark: Mark) -> None:
+        """It is not any more."""
+        if self._entered is None:
+            return
+        self._runs = runs = self._runs or []
+        runs.append((self._entered, mark, self._context))
+        self._entered = None
+        while runs and runs[0][1].sums is not None:
+            self._sums = sums = self._sums or [0.0] * 8
+            entered, left, context = runs.pop(0)
+            _add_run(sums, entered, left, context)
+
+    def leave(self, mark: Mark) -> None:
+        """It is gone; nothing will be added."""
+        self._left = mark
+
+    def reject(self, drafts: int) -> Rejected | None:
+        """What of its last step went into rejected drafts."""
+        if self._drafted is None:
+            return None
+        mark, per_token = self._drafted
+        joules = per_token * drafts
+        self._parts.append((mark, 0.0, 0.0, 0.0, joules))
+        return Rejected(mark, joules)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a step of it is settled."""
+        return self._sums is not None or (bool(self._parts) and self._parts[0][0].sums is not None)
+
+    @property
+    def final(self) -> bool:
+        """Whether all steps there will be are settled."""
+        return self._left is not None and self._left.sums is not None
+
+    def settled(self, now: Mark) -> Settled:
+        """Its figures. now: the moment behind the last settled step of all, for one that is still in steady decode."""
+        sums = self._sums[:] if self._sums else [0.0] * 8
+        for part in self._parts:
+            if part[0].sums is not None:
+                _add_part(sums, part)
+        for entered, left, context in self._runs or ():
+            if entered.sums is not None:
+                _add_run(sums, entered, left if left.sums is not None else now, context)
+        if (begin := self._entered) is not None and begin.sums is not None:
+            end = self._left
+            _add_run(sums, begin, now if end is None or end.sums is None else end, self._context)
+        return Settled._make(sums)
 
 
-def _add(predicted_joules: float, ratios: Quantities, to: array[float]) -> None:
-    measured, estimated, half_width, predicted = ratios
-    to[0] += measured * predicted_joules
-    to[1] += estimated * predicted_joules
-    to[2] += half_width * predicted_joules
-    to[3] += predicted * predicted_joules
+def _add_part(sums: list[float], part: _Part) -> None:
+    mark, prefill, decode, recomputed, rejected = part
+    value, estimated, half_width = mark.ratios
+    both = prefill + decode
+    sums[0] += value * prefill
+    sums[1] += value * decode
+    sums[2] += half_width * both
+    sums[3] += prefill
+    sums[4] += decode
+    sums[5] += value * recomputed
+    sums[6] += value * rejected
+    sums[7] += estimated * both
+
+
+def _add_run(sums: list[float], entered: Mark, left: Mark, context: int) -> None:
+    assert entered.sums is not None and left.sums is not None
+    offset = context - entered.steps  # it is so much ahead of the steps
+    value, value_slope, estimated, estimated_slope, width, width_slope, predicted, predicted_slope = left.sums
+    a, b, c, d, e, f, g, h = entered.sums
+    sums[1] += value - a + offset * (value_slope - b)
+    sums[7] += estimated - c + offset * (estimated_slope - d)
+    sums[2] += width - e + offset * (width_slope - f)
+    sums[4] += predicted - g + offset * (predicted_slope - h)
 
 
 class Settlement:
@@ -194,63 +269,53 @@ class Settlement:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._running = _Running()
-        self._decoding = 0
+        self._now: Mark | None = None
         self.prefill_joules = self.decode_joules = self.estimated_joules = 0.0
         self.aborted_joules = self.recomputed_joules = self.rejected_draft_joules = 0.0
 
     @property
-    def now(self) -> Sums:
-        """The running sums after the last settled step."""
-        return self._running.now
+    def now(self) -> Mark:
+        """The moment behind the last settled step."""
+        if self._now is None:
+            self._now = Mark()
+            self._running.mark(self._now)
+        return self._now
 
     def advance(self, settled: Iterable[Step], recent_ratio: float) -> None:
-        """Charge the ``settled`` steps, which are the next ones of the journal, and take the turns between them."""
+        """Charge the ``settled`` steps, which are the next ones of the journal, and what stands between them."""
         for step in settled:
-            self._turns()
-            if self._journal.popleft() is not step:
+            self._others()
+            if self._journal.open.popleft() is not step:
                 raise RuntimeError("steps were settled out of order")
             self._charge(step, recent_ratio)
-        self._turns()
+        self._others()
 
-    def _turns(self) -> None:
-        journal = self._journal
+    def _others(self) -> None:
+        journal = self._journal.open
         while journal and not isinstance(item := journal[0], Step):
             journal.popleft()
-            self._take(*item)
-
-    def _take(self, turn: Turn, account: Account, value: float) -> None:
-        if turn is ENTER:
-            account.entered = now = self.now
-            account.offset = int(value) - now.steps
-            self._decoding += 1
-        elif turn is LEAVE or turn is INTERRUPT:
-            if account.entered is not None:
-                self._interrupt(account)
-            account.final = turn is LEAVE
-        elif turn is REJECT:
-            self.rejected_draft_joules += account.reject(int(value))
-        else:
-            self.aborted_joules += account.value_joules * (1.0 - value)
-
-    def _interrupt(self, account: Account) -> None:
-        account.settle(self.now)
-        account.entered = None
-        self._decoding -= 1
-        if not self._decoding:
-            self._running = _Running()  # differences of large sums would lose digits
+            if isinstance(item, Mark):
+                self._running, self._now = _Running(), None
+                self._running.mark(item)
+            elif isinstance(item, Rejected):
+                self.rejected_draft_joules += item.mark.ratios[0] * item.joules
+            else:
+                self.aborted_joules += item.account.settled(self.now).value_joules * (1.0 - item.reported_ratio)
 
     def _charge(self, step: Step, recent_ratio: float) -> None:
+        measured, half_width = step.measured_ratio, step.half_width_ratio
         estimated = (1.0 - step.covered_ratio) * recent_ratio
-        widest = max(1.0 - step.estimate.lower_ratio, step.estimate.upper_ratio - 1.0)
-        half_width = step.half_width_ratio + estimated * widest
-        ratios = (step.measured_ratio, estimated, half_width, 1.0)
-        if self._decoding:
-            self._running.add(step, ratios)
-        for paid in step.paid:
-            assert isinstance(paid, Paid)
-            paid.account.pay(paid, step, ratios)
-            if paid.recomputed_joules:
-                self.recomputed_joules += (ratios[0] + estimated) * paid.recomputed_joules
-        self.prefill_joules += step.measured_ratio * step.prefill_joules
-        self.decode_joules += step.measured_ratio * (step.predicted_joules - step.prefill_joules)
-        self.estimated_joules += estimated * step.predicted_joules
+        if estimated:
+            half_width += estimated * max(1.0 - step.estimate.lower_ratio, step.estimate.upper_ratio - 1.0)
+            self.estimated_joules += estimated * step.predicted_joules
+        value = measured + estimated
+        ratios = value, estimated, half_width
+        self._running.add(step, ratios)
+        self._now = None
+        self._journal.settled(step)
+        if (mark := step.mark) is not None:
+            mark.ratios = ratios
+            self._running.mark(mark)
+            self.recomputed_joules += value * mark.recomputed_joules
+        self.prefill_joules += measured * step.prefill_joules
+        self.decode_joules += measured * (step.predicted_joules - step.prefill_joules)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from llmco2_vllm.core.batch import BatchShape
@@ -51,6 +50,24 @@ class Pace:
         return relative
 
 
+class Mark:
+    """The moment behind a step, kept by whoever joins or leaves there or pays by itself in it; filled in when settled.
+
+    ratios: value (measured, and predicted times the recent ratio where no window was), estimated part of it and half
+    width of its 90 % interval, each per joule the step was predicted to take. recomputed_joules: predicted, of tokens
+    computed again in it. sums: running sums over so many settled ``steps``, for each of these quantities and for what
+    was predicted those of a + b * step and of b, as in ``ledgers.DecodeSums``; None until the step is settled.
+    """
+
+    __slots__ = ("ratios", "recomputed_joules", "steps", "sums")
+
+    def __init__(self) -> None:
+        self.ratios = (0.0, 0.0, 0.0)
+        self.recomputed_joules = 0.0
+        self.steps = 0
+        self.sums: tuple[float, float, float, float, float, float, float, float] | None = None
+
+
 class Step:
     """One step of the schedule, open until its output is back; then what the meters said of it.
 
@@ -59,7 +76,7 @@ class Step:
     sealed: no further one may be added. busy_seconds: of those whose output is back, which begin at ``begin_seconds``
     and end at ``end_seconds``, infinite while one is open.
     predicted_joules: of all devices, at the rates of ``estimate``, which in steady decode may be that of an earlier
-    step (docs/adr/0002), ``later`` steps ago. paid: what single requests were charged in it, for settlement.
+    step (docs/adr/0002), ``later`` steps ago. mark: that of the moment behind it, where somebody needs one.
     measured_ratio: measured joules per predicted joule, over the part of the step that windows cover.
     half_width_ratio: of the 90 % interval of the same. covered_ratio: 0 to 1. All three by ``weigh``.
     pace_ratio: its duration over the predicted one, against the recent past; known once it is sealed.
@@ -81,10 +98,10 @@ class Step:
         "executions",
         "half_width_ratio",
         "lost",
+        "mark",
         "measured_ratio",
         "open_executions",
         "pace_ratio",
-        "paid",
         "predicted_joules",
         "prefill_joules",
         "scheduled_seconds",
@@ -108,7 +125,7 @@ class Step:
         self._next_joules = decode_joules + growth
         self.prefill_joules = estimate.prefill.joules(prefill) if prefill[1] else 0.0
         self.predicted_joules = self.prefill_joules + decode_joules
-        self.paid: Sequence[object] = ()
+        self.mark: Mark | None = None
         self.splits: tuple[tuple[Split, float], ...] = ()
         self.measured_ratio = self.half_width_ratio = self.covered_ratio = 0.0
         self.pace_ratio = 1.0

@@ -20,7 +20,7 @@ from llmco2_vllm.core.ledgers import DecodeSums, RequestCharge
 
 KEY = "llmco2"
 SUMS_KEY = "llmco2-sums"
-WIRE_VERSION = "4"
+WIRE_VERSION = "5"
 _NO_SUMS: Mapping[int, DecodeSums] = {}
 
 
@@ -112,7 +112,7 @@ class Origin:
 
 # In the order of Ledger, and an engine before the order of DecodeSums. Little-endian: an engine may be on another host.
 _LEDGER = Wire("ledger", WIRE_VERSION, struct.Struct("<i??5d7q"), texts=len(Provenance._fields))
-_SUMS = Wire("running sums", WIRE_VERSION, struct.Struct("<iq9dq"))
+_SUMS = Wire("running sums", WIRE_VERSION, struct.Struct("<iq6dq"))
 _pack_ledger, _pack_sums = _LEDGER.numbers.pack, _SUMS.numbers.pack
 
 

@@ -74,22 +74,9 @@ def metered_of(
     account = charge.account
     if account is None:
         return None
-    if account.entered is not None:
-        account.settle(settlement.now)
-    share, prefill, decode = reported_ratio, account.prefill, account.decode
-    record = (
-        account.final,
-        share * (prefill[0] + prefill[1]),
-        share * (decode[0] + decode[1]),
-        share * (prefill[2] + decode[2]),
-        share * prefill[3],
-        share * decode[3],
-        share * account.recomputed_joules,
-        share * account.rejected_draft_joules,
-        share * (prefill[1] + decode[1]),
-        recent_ratio,
-    )
-    return Metered._make(record)
+    settled = account.settled(settlement.now)
+    told = settled if reported_ratio == 1.0 else [reported_ratio * joules for joules in settled]
+    return Metered._make((account.final, *told, recent_ratio))
 
 
 def encode_metered(record: Metered) -> str:

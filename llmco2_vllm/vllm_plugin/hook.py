@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
+from itertools import compress, islice
+from operator import attrgetter
 from time import perf_counter, time
 from typing import Any
 
@@ -24,6 +26,7 @@ PERIOD_STEPS = 16
 # Requests kept until the front end has said whether they ended or their client left.
 MOST_UNDECIDED = 10_000
 _ABORTED = ("FINISHED_ABORTED", "FINISHED_ERROR")
+_request_id = attrgetter("request_id")
 
 
 class EngineHook:
@@ -44,7 +47,6 @@ class EngineHook:
         self._unsent: set[str] = set()
         self._stopping: set[str] = set()
         self._sums_steps = 0
-        self._parked: dict[str, RequestCharge] = {}
         self._strangers: set[str] = set()
         # Requests with stop strings end in the front end, and the engine sees an abort either way. Joules
         # of those that are gone here, and what the front end counted of those still here.
@@ -54,7 +56,8 @@ class EngineHook:
         # last step and the front end has asked.
         self._late: dict[str, tuple[RequestCharge, float]] = {}
         self._dark = False  # the meter knows that the hook is off
-        self._cursor = 0
+        self._cursor = 0  # outputs that have come back
+        self._followed = -1
 
     # -- schedule() -----------------------------------------------------------------------
 
@@ -92,10 +95,11 @@ class EngineHook:
 
     def executed(self, output: Any) -> None:
         """Close the step's window: its output has come back."""
+        self._cursor += 1
         if output.total_num_scheduled_tokens:
             self.monitor.end(output)
             # Not behind a step whose outputs take a ledger along: what is rare goes one at a time.
-            if self.monitor.metering is not None and (self._cursor + 1) % PERIOD_STEPS:
+            if self.monitor.metering is not None and self._cursor % PERIOD_STEPS:
                 begin = perf_counter()
                 self.monitor.metering.tend()
                 self.hook_seconds += perf_counter() - begin
@@ -103,30 +107,28 @@ class EngineHook:
     def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
         """Put the ledgers that are due into the outputs' trace headers.
 
-        Due are the first and the last output of a request, and every 16th step one other in turn: a
-        live figure at a cost independent of the batch. With a request with stop strings goes, of each
-        step, what the front end needs to know its figures: its ledger, or the running sums it is charged by.
+        Due are the first output of a request, and every 16th step one other in turn: a live figure at a cost
+        independent of the batch. The last one brings its ledger along since the request was freed. With a request
+        with stop strings goes, of each step, what the front end needs to know its figures: its ledger, or the running
+        sums it is charged by.
         """
-        self._cursor += 1
         periodic = self._cursor % PERIOD_STEPS == 0
-        if not (periodic or self._unsent or self._stopping or self._parked):
+        if not (periodic or self._unsent or self._stopping):
             return
         begin = perf_counter()
-        self._follow_meter()
         sums = self._sums_record() if self._stopping else None
-        due = bool(self._unsent or self._parked)
         for outputs in (outputs_by_client or {}).values():
             if sums is not None and outputs.outputs:
                 _add_headers(outputs.outputs[0], {SUMS_KEY: sums})
-            if due:
-                self._attach_due(outputs.outputs)
+            if self._unsent:
+                self._attach_first(outputs.outputs)
             if periodic and outputs.outputs:
                 self._attach_periodic(outputs.outputs)
-        self._parked.clear()
         self.hook_seconds += perf_counter() - begin
 
     def _follow_meter(self) -> None:
         """Records say what is true of the meter when they are sent: it may be lost and come back."""
+        self._followed = self._cursor
         provenance, now = self.origin.provenance, self.meter_now()
         if provenance[1:] != now:
             self.origin = replace(self.origin, provenance=Provenance(provenance.predictor, *now))
@@ -138,14 +140,12 @@ class EngineHook:
         self._sums_steps = sums.steps
         return encode_sums(sums, self.origin.engine)
 
-    def _attach_due(self, outputs: Iterable[Any]) -> None:
-        due = self._unsent.union(self._parked)
-        for output in [output for output in outputs if output.request_id in due]:
-            if (charge := self._parked.get(output.request_id)) is not None:
-                self._send(output, charge, final=True)
-            else:
-                self._unsent.discard(output.request_id)
-                self._send_running(output)
+    def _attach_first(self, outputs: list[Any]) -> None:
+        # Those of requests that are new in a step come last: most often it ends with the first few it looks at.
+        due = map(self._unsent.__contains__, map(_request_id, reversed(outputs)))
+        for output in list(islice(compress(reversed(outputs), due), len(self._unsent))):
+            self._unsent.discard(output.request_id)
+            self._send_running(output)
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
         output = outputs[self._cursor // PERIOD_STEPS % len(outputs)]
@@ -160,14 +160,16 @@ class EngineHook:
             stops = output.request_id in self._stopping
             follows = stops and charge.entered is not None
             # As long as nothing of it is settled, a ledger goes alone where its last one is sure to come.
-            alone = not stops and charge.account is not None and not charge.account.steps
+            alone = not stops and charge.account is not None and not charge.account.begun
             self._send(output, charge, final=False, context=charge.computed if follows else -1, alone=alone)
 
-    def _send(self, output: Any, charge: RequestCharge, final: bool, *, context: int = -1, alone: bool = False) -> None:
+    def _send(self, to: Any, charge: RequestCharge, final: bool, *, context: int = -1, alone: bool = False) -> None:
+        if self._followed != self._cursor:
+            self._follow_meter()
         records = {KEY: encode(charge, self.origin, final, context, self.monitor.seconds_per_joule)}
         if not alone and (metered := self._metered(charge)) is not None:
             records[METERED_KEY] = encode_metered(metered)
-        _add_headers(output, records)
+        _add_headers(to, records)
 
     def _metered(self, charge: RequestCharge, reported_ratio: float = 1.0) -> Metered | None:
         metering = self.monitor.metering
@@ -180,7 +182,7 @@ class EngineHook:
     def freed(self, request: Any) -> None:
         """The scheduler lets go of a request: finished, aborted or failed."""
         request_id = request.request_id
-        aborted = request.status.name in _ABORTED
+        aborted = request.status._name_ in _ABORTED  # name is a function
         self.reader.forget(request_id)
         undecided = aborted and request_id in self._stopping
         self._unsent.discard(request_id)
@@ -202,7 +204,8 @@ class EngineHook:
         else:
             self._conclude(request_id, charge, 0.0 if aborted else charge.energy_joules)
         if not stranger:
-            self._parked[request_id] = charge
+            # The host gives its last output the headers of the request.
+            self._send(request, charge, final=True)
 
     def decide(self, counted: Mapping[str, float]) -> None:
         """What the front end counted, in joules, of requests it ended itself; 0 where the client left."""
@@ -236,7 +239,6 @@ class EngineHook:
             self._strangers = set(request_ids)
             self._unsent.clear()
             self._stopping.clear()
-            self._parked.clear()
             self._counted.clear()
         self.guard.active = on
         if self.monitor.metering is not None:
@@ -280,9 +282,9 @@ class EngineHook:
         }
 
 
-def _add_headers(output: Any, records: dict[str, str]) -> None:
+def _add_headers(to: Any, records: dict[str, str]) -> None:
     # A new dict: the request's own is shared with the tracing of the host.
-    output.trace_headers = {**output.trace_headers, **records} if output.trace_headers else records
+    to.trace_headers = {**to.trace_headers, **records} if to.trace_headers else records
 
 
 def _encoder_inputs(output: Any) -> int:

@@ -9,6 +9,7 @@ has already advanced when we look.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import filterfalse
 from typing import Any
 
 from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
@@ -73,7 +74,7 @@ class StepReader:
         scheduled: Mapping[str, int] = output.num_scheduled_tokens
         book = self._monitor.book
         decoding = book.decoding
-        others = [(request_id, scheduled[request_id]) for request_id in scheduled if request_id not in decoding]
+        others = [(request_id, scheduled[request_id]) for request_id in filterfalse(decoding.__contains__, scheduled)]
         rest = output.total_num_scheduled_tokens - sum([tokens for _, tokens in others])
         # Most often the decoding requests are all there, with one token each: no need to look at every one.
         if not len(scheduled) - len(others) == len(decoding) == rest:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from array import array
-from collections import deque
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmco2_vllm.core.ledgers import RequestCharge
-from llmco2_vllm.core.settlement import Account, Settlement
+from llmco2_vllm.core.settlement import Account, Journal, Settlement
+from llmco2_vllm.core.steps import Mark
 from llmco2_vllm.telemetry.annotation import annotate
 from llmco2_vllm.telemetry.ledger import Ledger, Provenance, RequestLedger
 from llmco2_vllm.telemetry.metered import (
@@ -144,7 +143,7 @@ def test_rounding_in_sums_makes_no_coverage_and_takes_none(prefill: float, decod
 
 
 def test_a_charge_without_a_meter_has_no_record() -> None:
-    settlement = Settlement(deque())
+    settlement = Settlement(Journal())
     charge = RequestCharge(0, 4, 4)
     assert metered_of(charge, settlement, 1.0) is None
     charge.account = Account()
@@ -152,10 +151,12 @@ def test_a_charge_without_a_meter_has_no_record() -> None:
 
 
 def test_what_ran_after_a_stop_string_is_not_told_to_the_client() -> None:
-    settlement, charge = Settlement(deque()), RequestCharge(0, 4, 4)
+    settlement, charge = Settlement(Journal()), RequestCharge(0, 4, 4)
     charge.account = account = Account()
-    account.prefill, account.decode = array("d", [10.0, 0.0, 1.0, 8.0]), array("d", [30.0, 4.0, 3.0, 20.0])
-    account.final = True
+    mark = Mark()
+    account.pay(mark, (10.0, 30.0, 0.0), 5)
+    mark.ratios, mark.sums = (1.5, 0.1, 0.2), (0.0,) * 8
+    account.leave(mark)
     whole, told = (metered_of(charge, settlement, 1.0, share) for share in (1.0, 0.75))
     assert whole is not None and told is not None
     assert told.final and told[1:-1] == pytest.approx([0.75 * value for value in whole[1:-1]])

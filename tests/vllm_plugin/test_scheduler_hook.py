@@ -341,12 +341,12 @@ def test_a_running_request_sends_its_ledger_first_last_and_now_and_then(make_eng
 def test_tracing_headers_of_the_host_survive_beside_ours(make_engine: MakeEngine) -> None:
     engine = make_engine()
     request = make_request("a", 20, max_tokens=3)
-    request.trace_headers = {"traceparent": "00-1-1-01"}
+    request.trace_headers = headers = {"traceparent": "00-1-1-01"}
     engine.scheduler.add_request(request)
     engine.run()
-    assert engine.outputs[-1].trace_headers["traceparent"] == "00-1-1-01"
-    assert KEY in engine.outputs[-1].trace_headers
-    assert request.trace_headers == {"traceparent": "00-1-1-01"}
+    assert all(output.trace_headers["traceparent"] == "00-1-1-01" for output in engine.outputs)
+    assert [KEY in output.trace_headers for output in engine.outputs] == [True, False, True]
+    assert headers == {"traceparent": "00-1-1-01"}
 
 
 def test_a_scheduler_of_the_users_own_gets_the_hook_too(make_engine: MakeEngine) -> None:
