@@ -329,7 +329,7 @@ def test_all_windows_of_a_tick_are_split_and_settled_before_the_next(devices: in
             engine.edge(device, 300.0)
         for _ in range(max(steps, 40)):
             engine.execute(0.4 / steps)
-    assert len(engine.metering.journal) <= 2 * max(steps, 40)
+    assert len(engine.metering.journal.open) <= 2 * max(steps, 40)
 
 
 def busy(seconds: float, watts: float, engine: Engine | None = None) -> Engine:
@@ -536,7 +536,7 @@ def test_a_meter_that_falls_silent_leaves_the_steps_to_prediction_after_a_while(
     for _ in range(700):
         engine.execute(0.01)
         engine.metering.tend()
-    assert len(engine.metering.journal) < 600
+    assert len(engine.metering.journal.open) < 600
     settled = engine.settled(0)
     assert settled.measured_joules == pytest.approx(0.5 * 200)
     assert settled.estimated_joules > 2 * settled.measured_joules
@@ -556,7 +556,7 @@ def test_aborted_recomputed_and_rejected_energy_are_lines_of_their_own() -> None
     engine.edge(0, 300.0)
     engine.finish()
     settlement, (first, second) = engine.metering.settlement, engine.all_settled()
-    assert settlement.aborted_joules == pytest.approx(second.value_joules)
+    assert settlement.aborted_joules == pytest.approx(second.energy_joules)
     assert settlement.recomputed_joules == pytest.approx(first.recomputed_joules) and first.recomputed_joules > 0
     assert first.recomputed_joules < first.prefill_joules
 
@@ -716,6 +716,6 @@ def test_what_waits_does_not_grow_however_long_steps_and_windows_are(
         if step % 16:
             engine.metering.tend()
         if step > 750:
-            most = max(most, len(engine.metering.journal) + engine.metering.attributor.waiting)
+            most = max(most, len(engine.metering.journal.open) + engine.metering.attributor.waiting)
     assert most < 3 * devices * (window_seconds / step_seconds + step_seconds / window_seconds) + 30
     assert_conserved(engine.metering)

@@ -44,9 +44,6 @@ class Journal:
         self._newest: Step | Mark
         self.begin_anew()
 
-    def __len__(self) -> int:
-        return len(self.open)
-
     def opened(self, step: Step) -> None:
         """A step was scheduled."""
         self.open.append(step)
@@ -132,14 +129,14 @@ class Settled(NamedTuple):
     estimated_joules: float
 
     @property
-    def value_joules(self) -> float:
+    def energy_joules(self) -> float:
         """Both phases."""
         return self.prefill_joules + self.decode_joules
 
     @property
     def measured_joules(self) -> float:
         """What windows said of both phases."""
-        return self.prefill_joules + self.decode_joules - self.estimated_joules
+        return self.energy_joules - self.estimated_joules
 
 
 # What a request was charged by itself in the step of a mark: joules of prefill and of decode, and the parts of it that
@@ -300,7 +297,7 @@ class Settlement:
             elif isinstance(item, Rejected):
                 self.rejected_draft_joules += item.mark.ratios[0] * item.joules
             else:
-                self.aborted_joules += item.account.settled(self.now).value_joules * (1.0 - item.reported_ratio)
+                self.aborted_joules += item.account.settled(self.now).energy_joules * (1.0 - item.reported_ratio)
 
     def _charge(self, step: Step, recent_ratio: float) -> None:
         measured, half_width = step.measured_ratio, step.half_width_ratio

@@ -45,7 +45,7 @@ class Host:
     def work(self) -> None:
         """Something has happened since the last scrape."""
         self.requests.labels("0").inc()
-        self.joules.labels("0").inc(1.5)
+        self.joules.labels("0").inc(1.5e6)
         self.watts.labels("0").set(300.25)
         self.seconds.labels("0").observe(0.3)
 
