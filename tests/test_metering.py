@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmco2_vllm import metering as metering_module
-from llmco2_vllm.core import attribution
+from llmco2_vllm.core import attribution, ledgers
 from llmco2_vllm.core.attribution import Activity, Attributor, WindowAccount
 from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.core.metering import Doubt, MeterWindow
@@ -185,11 +186,17 @@ ACTIONS = st.one_of(
 HELD = st.tuples(st.just("hold"), st.integers(0, 1))
 
 
-def run(actions: list[tuple[str, object]], devices: int, patient: bool = False, least_seconds: float = 0.0) -> Engine:
-    """Go through a schedule. patient: nothing is split or settled before its end."""
+def run(
+    actions: list[tuple[str, object]],
+    devices: int,
+    patient: bool = False,
+    least_seconds: float = 0.0,
+    check: Callable[[Engine], None] = lambda engine: assert_conserved(engine.metering),
+) -> Engine:
+    """Go through a schedule. patient: nothing is split or settled before its end. check: before each action."""
     engine = Engine(devices, patient=patient, least_seconds=least_seconds)
     for action, value in actions:
-        assert_conserved(engine.metering)
+        check(engine)
         running = engine.running()
         match action, value:
             case "join", int(prompt):
@@ -255,6 +262,32 @@ def test_running_sums_give_each_request_what_single_steps_give(actions: list[tup
         assert settled.measured_joules == pytest.approx(slow, rel=1e-7, abs=1e-6)
         assert settled.predicted_prefill_joules == pytest.approx(charge.prefill_joules, rel=1e-9)
         assert settled.predicted_decode_joules == pytest.approx(charge.decode_joules, rel=1e-9)
+
+
+def predicted_of_settled_steps(engine: Engine) -> list[float]:
+    """Joules of each request in the steps that are settled so far, by single steps."""
+    joules, waiting = [0.0] * len(engine.charges), {id(step) for step in engine.metering.attributor._steps}
+    for step, (_, spent) in zip(engine.metering.steps, engine.slow, strict=True):
+        if id(step) not in waiting:
+            for place, part in spent.items():
+                joules[place] += part
+    return joules
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ACTIONS | HELD, max_size=40), st.integers(1, 2), st.sampled_from([7, ledgers.REBASE_STEPS]))
+def test_at_any_moment_a_request_came_to_its_share_of_the_steps_settled_so_far(
+    actions: list[tuple[str, object]], devices: int, rebase_steps: int
+) -> None:
+    def check(engine: Engine) -> None:
+        expected = predicted_of_settled_steps(engine)
+        found = [s.predicted_prefill_joules + s.predicted_decode_joules for s in engine.all_settled()]
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+    with pytest.MonkeyPatch.context() as patch:
+        # So that the running sums begin anew within the schedule.
+        patch.setattr(ledgers, "REBASE_STEPS", rebase_steps)
+        run(actions, devices, check=check)
 
 
 @settings(max_examples=200, deadline=None)
@@ -408,6 +441,13 @@ def test_the_interval_of_a_request_in_bounded_windows_is_as_wide_as_its_figure(w
     engine.finish(0.0)
     settled = engine.settled(1)
     assert settled.half_width_joules == pytest.approx(settled.measured_joules, rel=0.01)
+
+
+@pytest.mark.parametrize("watts", [1e-300, 1e-12])
+def test_a_counter_that_hardly_moved_leaves_an_interval_that_is_a_number(watts: float) -> None:
+    engine = busy(0.1, watts)
+    engine.finish(watts)
+    assert 0.0 <= engine.settled(0).half_width_joules < 1.0
 
 
 def test_energy_of_a_shared_board_is_nobodys() -> None:

@@ -36,6 +36,7 @@ LONGEST_WAIT_SECONDS = 5.0
 # over its steps (benchmarks/attribution.py).
 GAIN_DEVIATION = 0.03
 SPLIT_DEVIATION = 0.05
+LARGEST_DEVIATION = 1e9
 # Executions in steady decode are one step to a meter up to here: no counter has edges nearer to each other (METERING
 # section 1), and what a step costs the scheduler's thread is shared by short ones.
 LONGEST_STEP_SECONDS = 0.02
@@ -361,7 +362,8 @@ class Attributor:
         """Give the steps of a window their part of its dynamic energy; its interval is as wide where it was bounded."""
         window, split = inside.window, inside.split
         relative = window.sigma_joules / window.energy_joules if window.energy_joules else 0.0
-        deviation = math.sqrt(relative * relative + GAIN_DEVIATION**2 + SPLIT_DEVIATION**2)
+        # Bounded: an infinite share of next to nothing is not a number.
+        deviation = math.hypot(min(relative, LARGEST_DEVIATION), GAIN_DEVIATION, SPLIT_DEVIATION)
         split.ratio = joules / inside.paced_joules if inside.paced_joules > 0.0 else 0.0
         split.half_width_ratio = NORMAL_90 * deviation if believed else 1.0
         split.covered_ratio = 1.0 / len(self._windows)
