@@ -103,7 +103,8 @@ class StepMonitor:
     @property
     def book(self) -> LedgerBook:
         """The ledgers, up to date."""
-        self._catch_up()
+        if self._repeats:
+            self._catch_up()
         return self._book
 
     @property
@@ -250,7 +251,7 @@ class StepMonitor:
         """Book a closed ledger: what its client was told, and the rest as aborted. 0 told means it was aborted."""
         totals, spent_joules = self._totals, charge.energy_joules
         totals.aborted_joules += spent_joules - reported_joules
-        if spent_joules > 0.0:
+        if reported_joules != spent_joules > 0.0:
             self._book.conclude(charge, reported_joules / spent_joules)
         if reported_joules:
             totals.finished_requests += 1

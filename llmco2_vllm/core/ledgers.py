@@ -111,28 +111,27 @@ class RequestCharge:
 
     def slice(self, tokens: int) -> RequestSlice:
         """Split the next ``tokens`` of this request into prefill and decode."""
-        prefill = min(max(self.known - self.computed, 0), tokens)
-        samples = prefill == tokens and self.computed + tokens >= self.samples_at
-        return RequestSlice(self, prefill, tokens - prefill, int(samples))
+        computed = self.computed
+        prefill = min(max(self.known - computed, 0), tokens)
+        samples = prefill == tokens and computed + tokens >= self.samples_at
+        decode, context = tokens - prefill, computed + prefill
+        prefill_pairs = prefill * computed + prefill * (prefill + 1) // 2
+        decode_pairs = decode * context + decode * (decode + 1) // 2
+        return RequestSlice(self, prefill, decode, int(samples), prefill_pairs, decode_pairs)
 
 
 class RequestSlice(NamedTuple):
-    """One request's part of a step that is not steady decode."""
+    """One request's part of a step that is not steady decode: tokens, of which those of decode follow those of prefill.
+
+    prefill_samples: 1 if it completes the prompt. prefill_pairs, decode_pairs: (query, key) pairs of the tokens.
+    """
 
     charge: RequestCharge
     prefill: int
     decode: int
     prefill_samples: int
-
-    @property
-    def prefill_pairs(self) -> int:
-        """(query, key) pairs of the prefill tokens."""
-        return self.prefill * self.charge.computed + self.prefill * (self.prefill + 1) // 2
-
-    @property
-    def decode_pairs(self) -> int:
-        """(query, key) pairs of the decode tokens, which follow the prefill tokens."""
-        return self.decode * (self.charge.computed + self.prefill) + self.decode * (self.decode + 1) // 2
+    prefill_pairs: int
+    decode_pairs: int
 
     def pay(self, estimate: Estimate) -> tuple[float, float, float]:
         """Charge this part of a step at the rates of its estimate, and advance the request.
@@ -209,8 +208,8 @@ class LedgerBook:
             self._journal.open.append(lost)
 
     def conclude(self, charge: RequestCharge, reported_ratio: float) -> None:
-        """A closed ledger's energy was reported to its client, or this share of it."""
-        if self._journal is not None and charge.account is not None and reported_ratio != 1.0:
+        """Of a closed ledger's energy only this share was reported to its client, or another one."""
+        if self._journal is not None and charge.account is not None:
             self._journal.open.append(Concluded(charge.account, reported_ratio))
 
     def enter(self, request_id: str) -> None:
@@ -264,17 +263,17 @@ class LedgerBook:
         sequences = tokens = prefill_pairs = kv_tokens = samples = 0
         more_sequences = more_tokens = more_pairs = more_kv_tokens = 0
         for item in slices:
-            charge, n_prefill, n_decode, sampled = item
+            charge, n_prefill, n_decode, sampled, n_prefill_pairs, n_decode_pairs = item
             if n_prefill:
                 sequences += 1
                 tokens += n_prefill
-                prefill_pairs += item.prefill_pairs
+                prefill_pairs += n_prefill_pairs
                 kv_tokens += charge.computed + n_prefill
                 samples += sampled
             if n_decode:
                 more_sequences += 1
                 more_tokens += n_decode
-                more_pairs += item.decode_pairs
+                more_pairs += n_decode_pairs
                 more_kv_tokens += charge.computed + n_prefill + n_decode
         decode = PhaseShape(
             count + more_sequences, count + more_tokens, pairs + more_pairs, pairs + more_kv_tokens, count + more_tokens

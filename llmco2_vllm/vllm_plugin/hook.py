@@ -13,7 +13,7 @@ from operator import attrgetter
 from time import perf_counter, time
 from typing import Any
 
-from llmco2_vllm.core.ledgers import RequestCharge
+from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, Provenance, encode, encode_sums
@@ -57,7 +57,7 @@ class EngineHook:
         self._late: dict[str, tuple[RequestCharge, float]] = {}
         self._dark = False  # the meter knows that the hook is off
         self._cursor = 0  # outputs that have come back
-        self._followed = -1
+        self._followed, self._seconds_per_joule = -1, 0.0
 
     # -- schedule() -----------------------------------------------------------------------
 
@@ -74,6 +74,8 @@ class EngineHook:
 
     def _scheduled_mixed(self, output: Any, requests: Mapping[str, Any]) -> None:
         slices = self.reader.read(output, requests)
+        if slices and self.monitor.metering is not None:
+            self.monitor.metering.working(True)
         self.monitor.begin(output, slices, _encoder_inputs(output))
         self.reader.charged(output)
         if self._stopping:
@@ -85,8 +87,6 @@ class EngineHook:
         if request_id in self._strangers:
             return
         self._unsent.add(request_id)
-        if self.monitor.metering is not None:
-            self.monitor.metering.working(True)
         # The engine never learns of a stop string: the front end ends the request and aborts it here.
         if getattr(getattr(request, "sampling_params", None), "stop", None):
             self._stopping.add(request_id)
@@ -126,9 +126,9 @@ class EngineHook:
                 self._attach_periodic(outputs.outputs)
         self.hook_seconds += perf_counter() - begin
 
-    def _follow_meter(self) -> None:
-        """Records say what is true of the meter when they are sent: it may be lost and come back."""
-        self._followed = self._cursor
+    def _follow(self) -> None:
+        """Records say what is true when they are sent, of the pace and of the meter: it may be lost and come back."""
+        self._followed, self._seconds_per_joule = self._cursor, self.monitor.seconds_per_joule
         provenance, now = self.origin.provenance, self.meter_now()
         if provenance[1:] != now:
             self.origin = replace(self.origin, provenance=Provenance(provenance.predictor, *now))
@@ -143,17 +143,17 @@ class EngineHook:
     def _attach_first(self, outputs: list[Any]) -> None:
         # Those of requests that are new in a step come last: most often it ends with the first few it looks at.
         due = map(self._unsent.__contains__, map(_request_id, reversed(outputs)))
+        book = self.monitor.book
         for output in list(islice(compress(reversed(outputs), due), len(self._unsent))):
             self._unsent.discard(output.request_id)
-            self._send_running(output)
+            self._send_running(output, book)
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
         output = outputs[self._cursor // PERIOD_STEPS % len(outputs)]
         if KEY not in (output.trace_headers or ()) and output.request_id not in self._strangers:
-            self._send_running(output)
+            self._send_running(output, self.monitor.book)
 
-    def _send_running(self, output: Any) -> None:
-        book = self.monitor.book
+    def _send_running(self, output: Any, book: LedgerBook) -> None:
         charge = book.open.get(output.request_id)
         if charge is not None:
             book.settle(charge)
@@ -165,8 +165,8 @@ class EngineHook:
 
     def _send(self, to: Any, charge: RequestCharge, final: bool, *, context: int = -1, alone: bool = False) -> None:
         if self._followed != self._cursor:
-            self._follow_meter()
-        records = {KEY: encode(charge, self.origin, final, context, self.monitor.seconds_per_joule)}
+            self._follow()
+        records = {KEY: encode(charge, self.origin, final, context, self._seconds_per_joule)}
         if not alone and (metered := self._metered(charge)) is not None:
             records[METERED_KEY] = encode_metered(metered)
         _add_headers(to, records)
@@ -193,8 +193,8 @@ class EngineHook:
         charge = self.monitor.finish(request_id)
         if charge is None:
             return
-        if self.monitor.metering is not None:
-            self.monitor.metering.working(bool(self.monitor.book.open))
+        if self.monitor.metering is not None and not self.monitor.book.open:
+            self.monitor.metering.working(False)
         if counted is not None:
             self._conclude(request_id, charge, counted)
         elif undecided:
@@ -266,7 +266,7 @@ class EngineHook:
         metering = self.monitor.metering
         if metering is not None:
             self._tend(metering)
-        self._follow_meter()
+        self._follow()
         return {
             "engine": self.origin.engine,
             "started_seconds": self.started_seconds,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from llmco2_vllm.core import ledgers
 from llmco2_vllm.core.estimate import NO_RATES, Estimate, Rates
-from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge, RequestSlice
+from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge
 
 rates = st.builds(Rates, st.floats(1e-6, 10), st.floats(1e-9, 1e-3), st.floats(1e-6, 1))
 estimates = st.builds(
@@ -24,7 +24,7 @@ steps = st.lists(st.tuples(estimates, st.sets(st.integers(0, 3), min_size=1)), m
 
 def reference(book: LedgerBook, estimate: Estimate, request_ids: list[str]) -> None:
     for request_id in request_ids:
-        RequestSlice(book.open[request_id], 0, 1, 0).pay(estimate)
+        book.open[request_id].slice(1).pay(estimate)
 
 
 def open_book() -> LedgerBook:
@@ -51,7 +51,7 @@ def run_both(plan: list[tuple[Estimate, set[int]]]) -> tuple[LedgerBook, LedgerB
         for request_id in ids:
             if request_id not in sums.decoding:
                 sums.enter(request_id)
-        assert sums.shape([]) == plain.shape([RequestSlice(plain.open[i], 0, 1, 0) for i in ids])
+        assert sums.shape([]) == plain.shape([plain.open[i].slice(1) for i in ids])
         sums.advance(estimate)
         reference(plain, estimate, ids)
     return sums, plain

@@ -49,7 +49,9 @@ def assert_as_the_library(registry: CollectorRegistry) -> None:
 
 numbers = st.floats() | st.integers(-(10**18), 10**18) | st.sampled_from([0.0, -0.0, 1e-4, 1e6, 999999.9999999999])
 amounts = st.floats(0.0) | st.integers(0, 10**18)
-names = st.text(max_size=4) | st.sampled_from(['"', "\\", "\n", "a b", "\r", "\x85", "\u2028", "é", "# HELP a b\n"])
+names = st.text(max_size=4) | st.sampled_from(
+    ['"', "\\", "\n", "a b", "\r", "\x85", "\u2028", "é", "# HELP a b\n", "%d.0\n", "%"]
+)
 
 
 def change(action: str, name: str, number: float) -> Callable[[Registry], Any]:
@@ -86,12 +88,42 @@ def test_every_number_is_written_as_the_library_does(values: list[float]) -> Non
     assert_as_the_library(registry)
 
 
+def test_the_powers_of_ten_and_their_neighbours_are_written_as_the_library_does() -> None:
+    registry = Registry()
+    powers = [10.0**power for power in range(-8, 20)]
+    values = [near for power in powers for near in (power, math.nextafter(power, 0), math.nextafter(power, math.inf))]
+    for place, value in enumerate([*values, *(-value for value in values)]):
+        registry.gauge.labels(str(place)).set(value)
+    assert_as_the_library(registry)
+
+
+@given(st.lists(st.integers(10**6, 10**16), min_size=1), st.integers(0, 15))
+def test_large_whole_numbers_lose_their_zeros_as_with_the_library(values: list[int], zeros: int) -> None:
+    registry = Registry()
+    for place, value in enumerate(values):
+        registry.gauge.labels(str(place)).set(value // 10**zeros * 10**zeros)
+    assert_as_the_library(registry)
+
+
 @given(st.lists(st.lists(st.integers(0, 10**8), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_buckets_of_any_size_add_up_as_with_the_library(children: list[list[int]]) -> None:
     registry = Registry()
     for place, counts in enumerate(children):
         for bucket, count in zip(registry.histogram.labels(str(place), "x")._buckets, counts, strict=True):
             bucket.inc(count)
+    assert_as_the_library(registry)
+
+
+def test_counts_that_grow_large_are_written_as_with_the_library_and_small_ones_after_them_too() -> None:
+    registry = Registry()
+    buckets = registry.histogram.labels("a %d.0", "x")._buckets
+    for count in (0, 1, 999_997, 1, 1, 1, 10**9):
+        buckets[0].inc(count)
+        assert_as_the_library(registry)
+        registry.histogram.labels("b", "x").observe(2.0)
+        assert_as_the_library(registry)
+    registry.histogram.clear()
+    registry.histogram.labels("a", "x").observe(0.25)
     assert_as_the_library(registry)
 
 
