@@ -18,9 +18,8 @@ from llmco2_vllm.core.recent import RecentGrowth
 from llmco2_vllm.core.settlement import Journal, Settlement
 from llmco2_vllm.core.steps import Step
 
-# What is settled behind one scheduler step, in steps and in requests charged by themselves. Fewer at once would be
-# dearer: most of it is fetching cold memory.
-SETTLED_AT_ONCE = 64
+# Steps that are settled behind one scheduler step. Fewer at once would be dearer: most of it is fetching cold memory.
+SETTLED_AT_ONCE = 32
 # Steps over which windows are split behind one scheduler step: a window holds hundreds. Each device has windows of its
 # own, and with this much for each they are split in less than half the time in which the next ones come.
 SPLIT_AT_ONCE, SPLIT_PER_DEVICE = 16, 4
