@@ -184,16 +184,18 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     if settings.calibration is not None:
         identity = Identity.of(model, device.name, deployment.topology)
         predictor = calibrated(Calibration.load(settings.calibration), predictor, identity)
+    own = 1 if deployment.meter_devices is None else deployment.topology.engine_devices
     found = open_meter(
         settings.meter,
         deployment.meter_devices,
-        Search(accelerator=deployment.device_name != "cpu"),
+        Search(accelerator=deployment.device_name != "cpu", least_devices=own),
         activity := EngineActivity(),
     )
     if found.sampler is None:
         return Meter(StepMonitor(predictor), device, found)
-    if (reason := _partial(found, deployment)) is not None:
+    if found.name == "rapl" and deployment.topology.data_parallel > 1:
         found.sampler.stop(0.0)
+        reason = "RAPL counts the whole host, and several engines run on it"
         return Meter(StepMonitor(predictor), device, Discovery(None, "none", reason))
     listener = MeterListener(activity, _feed(settings, deployment, found, (model, device, predictor)))
     # A driver that is still silent has told of no device yet: then those that the engine runs on.
@@ -206,18 +208,6 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     if found.name != "rapl" and settings.node_overhead is None and (host := open_meter("rapl")).sampler is not None:
         states["host"] = HostEnergy(host.sampler.windows, host.name).state
     return Meter(StepMonitor(predictor, metering=metering), device, found, states)
-
-
-def _partial(found: Discovery, deployment: Deployment) -> str | None:
-    """Why a meter does not see this engine, all of it and nothing else; None when it does."""
-    metered = [] if found.sampler is None else found.sampler.state()["devices"]
-    topology = deployment.topology
-    if found.name == "rapl":
-        shared = topology.data_parallel > 1
-        return "RAPL counts the whole host, and several engines run on it" if shared else None
-    if metered and deployment.meter_devices is not None and len(metered) < topology.engine_devices:
-        return f"{found.name}: {len(metered)} of this engine's {topology.engine_devices} devices are on this host"
-    return None
 
 
 @dataclass(frozen=True)
@@ -249,10 +239,8 @@ def _feed(
     if settings.samples is None or found.sampler is None:
         return None
     model, device, predictor = parts
-    metered = found.sampler.state()["devices"]
-    scope = metered[0]["scope"] if metered else ""
     origin = SampleOrigin(
-        device.name, scope, found.name, predictor.name, deployment.topology, fingerprint(model),
+        device.name, found.name, predictor.name, deployment.topology, fingerprint(model),
         deployment.engine, deployment.engine_version,
     )  # fmt: skip
     feed = SampleFeed(SampleStore(settings.samples), origin, found.sampler.state)

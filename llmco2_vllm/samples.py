@@ -37,7 +37,6 @@ class Origin:
     """What all samples of an engine share; fields as of ``Sample``."""
 
     device: str
-    scope: str
     meter: str
     predictor: str
     topology: Topology
@@ -49,7 +48,7 @@ class Origin:
 class SampleFeed:
     """Takes accounts from the scheduler thread and hands samples to the store.
 
-    meter: state of the sampler, whose ``devices`` have ``sm_clock_mhz`` and ``temperature_celsius``.
+    meter: state of the sampler, whose ``devices`` have ``scope``, ``sm_clock_mhz`` and ``temperature_celsius``.
     """
 
     def __init__(self, store: SampleStore, origin: Origin, meter: Callable[[], dict[str, Any]]) -> None:
@@ -58,8 +57,6 @@ class SampleFeed:
         self._meter = meter
         self._waiting: deque[WindowAccount] = deque()
         self._stop = threading.Event()
-        # Windows are on the monotonic clock, samples on that of the calendar.
-        self._epoch_seconds = time.time() - time.monotonic()
         self._thread = threading.Thread(target=self._run, name="llmco2-samples", daemon=True)
         self._thread.start()
 
@@ -101,10 +98,12 @@ class SampleFeed:
     def _sample(self, account: WindowAccount) -> Sample:
         window, origin = account.window, self.origin
         devices = self._meter()["devices"]
-        vitals = devices[window.device] if window.device < len(devices) else {}
+        device = devices[window.device] if window.device < len(devices) else {}
         doubt = str(window.doubt) or ("" if account.trusted else "energy far from the recent ratio")
+        # Windows are on the monotonic clock, samples on that of the calendar, which may be set while we serve.
+        epoch_seconds = time.time() - time.monotonic()
         return Sample(
-            began_epoch_seconds=window.begin_seconds + self._epoch_seconds,
+            began_epoch_seconds=window.begin_seconds + epoch_seconds,
             duration_seconds=window.duration_seconds,
             energy_joules=window.energy_joules or 0.0,
             sigma_joules=window.sigma_joules,
@@ -113,8 +112,10 @@ class SampleFeed:
             predicted_joules=account.predicted_joules,
             devices=1,
             package_version=llmco2_vllm.__version__,
-            sm_clock_mhz=vitals.get("sm_clock_mhz"),
-            temperature_celsius=vitals.get("temperature_celsius"),
+            # Asked for now: a driver that was silent at the start told it later, and one that was reloaded, anew.
+            scope=device.get("scope", ""),
+            sm_clock_mhz=device.get("sm_clock_mhz"),
+            temperature_celsius=device.get("temperature_celsius"),
             doubt=doubt,
             feature_version=FEATURES_VERSION,
             steps=np.array([row for part in account.parts for row in _rows(part, origin.topology)]).reshape(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from llmco2_vllm.assemble import Deployment, Meter
 from llmco2_vllm.config import Settings
 from llmco2_vllm.core.hardware import Topology
 from llmco2_vllm.meters.discover import Discovery
+from llmco2_vllm.samples import SampleFeed
+from llmco2_vllm.store.reading import samples, store_path
+from tests.test_samples import account
 
 
 class Sampler:
@@ -58,6 +62,25 @@ def test_the_hosts_counter_is_not_given_to_one_of_several_engines(monkeypatch: p
     meter = assembled(monkeypatch, "rapl", 1, Topology(data_parallel=2))
     name, reason = meter.found.now()
     assert name == "none" and "several engines" in reason
+
+
+def test_samples_of_a_driver_that_was_silent_at_the_start_have_its_scope(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sampler, feeds = Sampler(0), []
+
+    def kept(*parts: Any) -> SampleFeed:
+        feeds.append(SampleFeed(*parts))
+        return feeds[-1]
+
+    monkeypatch.setattr(assemble, "open_meter", lambda *_: Discovery(sampler, "nvml", None))  # type: ignore[arg-type]
+    monkeypatch.setattr(assemble, "SampleFeed", kept)
+    deployment = Deployment(MODEL, "NVIDIA H100 80GB HBM3", "bfloat16")
+    assemble.assemble(Settings(node_overhead=0.1, samples=tmp_path), deployment)
+    sampler.devices = 1
+    feeds[0].take(account(1.0, 10.0))
+    feeds[0].close()
+    assert [sample.scope for sample in samples(store_path(tmp_path))] == ["gpu"]
 
 
 def test_a_host_meter_beside_the_devices_is_shown_unless_its_share_is_stated(monkeypatch: pytest.MonkeyPatch) -> None:

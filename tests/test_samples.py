@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from llmco2_vllm.store.writer import SampleStore
 from llmco2_vllm.testing import ConstantPredictor
 
 MODEL = ModelSpec(32, 4096, 32, 8, 128, 14336, 128256)
-ORIGIN = Origin("h100-sxm", "gpu", "nvml", "gnn/2-h100", Topology(2), fingerprint(MODEL), 0, "vllm 0.32.0")
+ORIGIN = Origin("h100-sxm", "nvml", "gnn/2-h100", Topology(2), fingerprint(MODEL), 0, "vllm 0.32.0")
 BATCH = BatchShape(PhaseShape(1, 100, 5050, 100, 1), PhaseShape(8, 8, 8000, 8000, 8))
 
 
@@ -32,7 +34,7 @@ def account(begin: float, joules: float | None, doubt: Doubt = Doubt.NONE, trust
 
 
 def feed(folder: Path) -> SampleFeed:
-    return SampleFeed(SampleStore(folder), ORIGIN, lambda: {"devices": [{"sm_clock_mhz": 1980.0}]})
+    return SampleFeed(SampleStore(folder), ORIGIN, lambda: {"devices": [{"scope": "gpu", "sm_clock_mhz": 1980.0}]})
 
 
 def test_windows_are_stored_with_their_steps_and_what_makes_them_doubtful(tmp_path: Path) -> None:
@@ -62,6 +64,25 @@ def test_a_window_that_makes_no_sample_is_counted_and_the_next_ones_are_kept(tmp
     subject.close()
     assert subject.state()["build_failures"] == 1
     assert [sample.energy_joules for sample in samples(store_path(tmp_path))] == [10.0]
+
+
+def test_a_sample_has_the_scope_that_its_device_has_by_then(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"devices": []}  # the driver is silent as yet
+    subject = SampleFeed(SampleStore(tmp_path), ORIGIN, lambda: state)
+    state["devices"] = [{"scope": "module"}, {"scope": "gpu"}]
+    subject.take(account(1.0, 10.0))
+    subject.close()
+    assert [sample.scope for sample in samples(store_path(tmp_path))] == ["module"]
+
+
+def test_a_wall_clock_that_is_set_while_serving_dates_the_samples_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = feed(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: time.monotonic() + 1e6)
+    subject.take(account(1.0, 10.0))
+    subject.close()
+    assert [s.began_epoch_seconds for s in samples(store_path(tmp_path))] == [pytest.approx(1e6, abs=1e3)]
 
 
 def test_a_model_has_one_fingerprint_and_another_size_another() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmco2_vllm.meters.activity import EngineActivity
-from llmco2_vllm.meters.base import Meter
+from llmco2_vllm.meters.base import Meter, MeterUnavailableError
 from llmco2_vllm.meters.nvml import open_nvml
 from llmco2_vllm.meters.rapl import POWERCAP, RaplMeter
 from llmco2_vllm.meters.sampler import EdgeSampler, Timing
@@ -46,11 +46,13 @@ class Search:
 
     accelerator: the engine runs on GPUs; ``auto`` then takes NVML, and RAPL otherwise.
     powercap: root of the RAPL files; answer_seconds: how long to wait for the first answer.
+    least_devices: how many GPUs the engine has; fewer are no meter of it, whenever the driver tells of them.
     """
 
     accelerator: bool = True
     powercap: Path = POWERCAP
     answer_seconds: float = ANSWER_SECONDS
+    least_devices: int = 1
     timing: Timing | None = None
     rules: WindowRules | None = None
 
@@ -90,4 +92,13 @@ def _said(name: str, reason: str) -> str:
 def _opener(name: str, devices: Sequence[str | int] | None, search: Search) -> Callable[[], Sequence[Meter]]:
     if name == "rapl":
         return lambda: [RaplMeter(search.powercap)]
-    return lambda: open_nvml(devices)
+    return lambda: _all_of(open_nvml(devices), search.least_devices)
+
+
+def _all_of(meters: Sequence[Meter], least: int) -> Sequence[Meter]:
+    """The meters of an engine of ``least`` devices. Raises MeterUnavailableError where some of them are missing."""
+    if len(meters) < least:
+        for meter in meters:
+            meter.close()
+        raise MeterUnavailableError(f"{len(meters)} of this engine's {least} devices are on this host")
+    return meters

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,8 @@ SILENT_SECONDS = 5.0
 # How long stop() may have to wait for the thread.
 MOST_SLEEP_SECONDS = 0.25
 CROSS_CHECK_SECONDS = 5.0
+# Of what an error says: a reason is shown in every response.
+MOST_TOLD_CHARACTERS = 120
 # From here on windows are made longer, so that many devices do not keep the thread busy.
 DEVICES_AT_FULL_RATE = 2
 MOST_LENGTHENING = 5
@@ -54,6 +56,14 @@ MOST_LENGTHENING = 5
 def suspended_seconds() -> float:
     """How long this host has been suspended since boot: the boot-time clock goes on, the monotonic one stops."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def told(error: Exception) -> str:
+    """What failed in one line: the message of a meter's own error, of any other its type as well."""
+    message = " ".join(str(error).split())[:MOST_TOLD_CHARACTERS]
+    if isinstance(error, MeterError):
+        return message or type(error).__name__
+    return f"fails with {type(error).__name__}: {message}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class _Device:
 
     meter: Meter
     track: DeviceTrack
+    opened_at: float
     limit: CallLimit = field(default_factory=CallLimit)
     check: CrossCheck = field(default_factory=CrossCheck)
     vitals: Vitals = NO_VITALS
@@ -108,6 +119,7 @@ class _Device:
     skipped: int = 0
     skipped_in_a_row: int = 0
     read_at: float | None = None
+    failure: str | None = None  # of the last look
 
     def called(self, now: float, calls: int = 1) -> None:
         self.calls += calls
@@ -116,10 +128,12 @@ class _Device:
 
     def silence(self, now: float) -> str | None:
         """Why its energy is not known just now; None while it is."""
-        if self.track.source == "none":
-            return self.track.blind_doubt.value or None  # opened a moment ago
-        silent = self.read_at is not None and now - self.read_at > SILENT_SECONDS
-        return "its driver does not answer" if silent else None
+        if self.failure is not None:
+            return self.failure
+        if self.track.source == "none" and self.track.blind_doubt:
+            return self.track.blind_doubt.value
+        answered_at = self.opened_at if self.read_at is None else self.read_at
+        return "its driver does not answer" if now - answered_at > SILENT_SECONDS else None
 
     def retreat(self, now: float) -> None:
         """Try again later, and later still after that."""
@@ -143,7 +157,7 @@ class EdgeSampler:
     ) -> None:
         self.windows = WindowQueue()
         self.activity = activity or EngineActivity()
-        self.reason: str | None = None  # why no meter is open
+        self.reason: str | None = None  # why no meter is open, or none of those that are is read
         self.answered = threading.Event()  # the first attempt to open is over
         self._open_meters = open_meters
         self._timing = timing or Timing()
@@ -187,9 +201,13 @@ class EdgeSampler:
         """Why energy is not known just now; None while every device is read, by its counter or its power."""
         if not self._devices:
             return self.reason or "no answer yet"
-        now = self._timing.clock()
-        told = [f"device {device.track.device}: {why}" for device in self._devices if (why := device.silence(now))]
-        return "; ".join(told) or None
+        if self.reason is not None:
+            return self.reason
+        now, devices = self._timing.clock(), defaultdict[str, list[str]](list)
+        for device in self._devices:
+            if why := device.silence(now):
+                devices[why].append(str(device.track.device))
+        return "; ".join(f"device {', '.join(those)}: {why}" for why, those in devices.items()) or None
 
     def energy_between(
         self, begin_seconds: float, end_seconds: float, device: int | None = None
@@ -237,7 +255,7 @@ class EdgeSampler:
             "calls": device.calls,
             "reads_per_second": device.calls / elapsed if elapsed and elapsed > 0 else None,
             "age_seconds": None if device.read_at is None else now - device.read_at,
-            "power_watts": track.power_watts,
+            "power_watts": None if device.silence(now) else track.power_watts,
             "temperature_celsius": device.vitals.temperature_celsius,
             "sm_clock_mhz": device.vitals.sm_clock_mhz,
             "faults": {doubt.value: faults[doubt] for doubt in Doubt if faults[doubt]},
@@ -256,6 +274,7 @@ class EdgeSampler:
         for device in self._devices:
             if device.due <= now:
                 self._guarded_look(device, now)
+        self.reason = None
         return min((device.due for device in self._devices), default=now + BACK_OFF_SECONDS)
 
     def close(self) -> None:
@@ -270,12 +289,12 @@ class EdgeSampler:
                 self._thread_seconds = time.thread_time()
                 self._wait(due - self._timing.clock())
             except MeterUnavailableError as error:
-                self._failed_to_open(error)
+                self._failed(error)
                 break  # predict only
             except Exception as error:
                 self._exceptions += 1
                 self._restarts += 1
-                self._failed_to_open(error)
+                self._failed(error)
                 self._rest(self._back_off)
                 self._back_off = min(2 * self._back_off, MOST_BACK_OFF_SECONDS)
         self.close()
@@ -290,9 +309,8 @@ class EdgeSampler:
         while not self._stopping.is_set() and (left := end - self._timing.clock()) > 0:
             self._wait(left)
 
-    def _failed_to_open(self, error: Exception) -> None:
-        if not self._devices:
-            self.reason = str(error) or type(error).__name__
+    def _failed(self, error: Exception) -> None:
+        self.reason = told(error)
         # A host without a meter is no failure: who asked is told the reason.
         if not isinstance(error, MeterUnavailableError):
             self._say(f"meter {type(error).__name__}", "llmco2: the meter failed (%s); serving goes on", error)
@@ -305,8 +323,9 @@ class EdgeSampler:
         many = min(-(-len(meters) // DEVICES_AT_FULL_RATE), MOST_LENGTHENING)
         rules = WindowRules(self._rules.window_seconds * many, self._rules.part_time_variation)
         self._started_at, self.reason = now, None
+        opened_at = self._timing.clock()
         self._devices = [
-            _Device(meter, DeviceTrack(index, meter.identity, self.windows, self.activity, rules))
+            _Device(meter, DeviceTrack(index, meter.identity, self.windows, self.activity, rules), opened_at)
             for index, meter in enumerate(meters)
         ]
         self.answered.set()
@@ -335,6 +354,7 @@ class EdgeSampler:
         device.read_at, device.back_off, device.skipped_in_a_row = reading.time_seconds, BACK_OFF_SECONDS, 0
         device.check.see(reading)
         kinds = len(device.track.faults)
+        device.track.identify(device.meter.identity)  # a reading may have found the device changed
         device.track.observe(reading)
         if len(device.track.faults) > kinds:
             for doubt in device.track.faults:
@@ -344,6 +364,7 @@ class EdgeSampler:
             device.called(now, VITALS_CALLS)
             device.vitals = device.meter.vitals()
         device.due = max(device.track.due, device.limit.free_at)
+        device.failure = None
 
     def _fault(self, device: _Device, now: float, error: Exception) -> None:
         """METERING section 6: what each kind of failure means for this device. The others go on."""
@@ -358,9 +379,12 @@ class EdgeSampler:
             return
         if isinstance(error, MeterError):
             unsupported = isinstance(error, NotSupportedError)
-            device.track.blind(now, Doubt.NOT_SUPPORTED if unsupported else Doubt.LOST)
+            doubt = Doubt.NOT_SUPPORTED if unsupported else Doubt.LOST
+            device.failure = f"{doubt.value}: {told(error)}"
+            device.track.blind(now, doubt)
             device.closed = not unsupported
         else:
+            device.failure = told(error)
             self._exceptions += 1
         device.vitals = NO_VITALS
         device.retreat(now)

@@ -131,8 +131,13 @@ class DeviceTrack:
 
     def reopened(self, identity: DeviceIdentity) -> None:
         """The device was opened anew: its counter is believed again and may have started anew."""
+        self._trial, self._reopened = None, True
+        self.identify(identity)
+
+    def identify(self, identity: DeviceIdentity) -> None:
+        """What the device is as of the next reading; what an energy of another scope is added to begins there."""
         changed = identity.scope != self.identity.scope
-        self.identity, self._trial, self._reopened = identity, None, True
+        self.identity = identity
         if changed:
             self.faults[Doubt.SCOPE_CHANGED] += 1
             self._base, self._blind = None, Doubt.SCOPE_CHANGED

@@ -7,14 +7,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmco2_vllm.meters.base import DeviceLostError
+from llmco2_vllm.meters import discover
+from llmco2_vllm.meters.base import DeviceLostError, MeterError, MeterUnavailableError, SkippedReadingError
 from llmco2_vllm.meters.discover import Discovery, Search, open_meter
-from llmco2_vllm.testing import FakeMeter
+from llmco2_vllm.testing import FakeClock, FakeMeter
 from tests.meters.test_rapl import zone
 from tests.meters.virtual import Bench
 from tests.nvml_shim import shim
@@ -121,10 +123,10 @@ def test_what_is_said_of_a_meter_follows_its_devices() -> None:
     assert found.now() == ("nvml", "")
     meter.failures, meter.reopen_failures = [DeviceLostError("lost")], [DeviceLostError("lost")] * 3
     bench.run(3.0)
-    assert found.now() == ("nvml", "nvml: device 0: device lost")
+    assert found.now() == ("nvml", "nvml: device 0: device lost: lost")
     other.counting = other.powering = False
     bench.run(3.0)
-    assert found.now() == ("nvml", "nvml: device 0: device lost; device 1: not supported")
+    assert found.now() == ("nvml", "nvml: device 0: device lost: lost; device 1: not supported")
     other.powering = True
     bench.run(30.0)
     assert found.now() == ("nvml", "") and bench.sampler.state()["fault"] is None
@@ -139,6 +141,77 @@ def test_a_driver_that_holds_its_reader_up_is_told_of() -> None:
     assert found.now() == ("nvml", "nvml: device 0: its driver does not answer")
     bench.run(1.0)
     assert found.now() == ("nvml", "")
+
+
+def test_a_driver_that_holds_its_first_reading_up_is_told_of() -> None:
+    bench = Bench()
+    bench.add(FakeMeter(bench.clock)).failures = [SkippedReadingError("timeout")]
+    found = Discovery(bench.sampler, "nvml", None)
+    bench.sampler.poll_once()
+    assert found.now() == ("nvml", "")
+    bench.clock.advance(60.0)
+    assert found.now() == ("nvml", "nvml: device 0: its driver does not answer")
+
+
+def test_a_meter_whose_code_fails_at_every_look_says_with_what_until_it_succeeds() -> None:
+    bench = Bench()
+    meter = bench.add(FakeMeter(bench.clock))
+    meter.failures = [KeyError("fieldId")] * 5
+    found = Discovery(bench.sampler, "nvml", None)
+    for _ in range(4):
+        assert not bench.run(2.0) and found.now() == ("nvml", "nvml: device 0: fails with KeyError: 'fieldId'")
+    assert bench.sampler.state()["fault"] == "device 0: fails with KeyError: 'fieldId'"
+    assert bench.run(60.0) and found.now() == ("nvml", "")
+
+
+def test_a_meter_that_fails_after_each_reading_says_so_and_its_last_power_is_not_that_of_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench()
+    meter = bench.add(FakeMeter(bench.clock))
+    found = Discovery(bench.sampler, "nvml", None)
+    bench.run(3.0)
+    assert found.now() == ("nvml", "") and bench.state["power_watts"] == pytest.approx(100.0)
+    monkeypatch.setattr(meter, "vitals", lambda: 1 // 0)
+    bench.run(3.0)
+    assert "fails with ZeroDivisionError: " in found.now()[1] and bench.state["power_watts"] is None
+    monkeypatch.undo()
+    bench.run(3.0)
+    assert found.now() == ("nvml", "") and bench.state["power_watts"] == pytest.approx(100.0)
+
+
+def test_what_fails_is_told_in_one_line_of_bounded_length_and_once_for_all_devices_alike() -> None:
+    bench = Bench()
+    for _ in range(8):
+        bench.add(FakeMeter(bench.clock)).failures = [ValueError("a\nb " + "x" * 10_000)] * 99
+    found = Discovery(bench.sampler, "nvml", None)
+    bench.run(2.0)
+    reason = found.now()[1]
+    assert reason.startswith("nvml: device 0, 1, 2, 3, 4, 5, 6, 7: fails with ValueError: a b xxx")
+    assert len(reason) < 200
+
+
+@pytest.mark.parametrize("error", [MeterUnavailableError, SkippedReadingError])
+def test_a_device_that_is_given_up_says_what_it_answered(error: type[MeterError]) -> None:
+    bench = Bench()
+    bench.add(FakeMeter(bench.clock)).failures = [error("no permission")] * 99
+    bench.run(3.0)
+    assert Discovery(bench.sampler, "nvml", None).now() == ("nvml", "nvml: device 0: device lost: no permission")
+
+
+def test_devices_that_are_fewer_than_the_engines_are_no_meter_of_it_however_late_they_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meters, answer = [FakeMeter(FakeClock())], threading.Event()
+    monkeypatch.setattr(discover, "open_nvml", lambda _: meters if answer.wait(60.0) else [])
+    found = open_meter("nvml", search=Search(answer_seconds=0.0, least_devices=2))
+    assert found.sampler is not None
+    answer.set()
+    assert found.sampler.answered.wait(60.0)
+    assert found.now() == ("none", "nvml: 1 of this engine's 2 devices are on this host")
+    assert found.sampler.stop(10.0) and meters[0].closed
+    again = open_meter("nvml", search=Search(answer_seconds=60.0, least_devices=2))
+    assert again == (None, "none", "nvml: 1 of this engine's 2 devices are on this host")
 
 
 def test_a_meter_that_never_opened_goes_on_saying_why() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -208,6 +209,16 @@ def test_a_change_of_scope_splits_the_window(bench: Bench) -> None:
     assert all(w.energy_joules is None or w.energy_joules < 100 for w in windows)
 
 
+def test_a_device_that_turns_out_another_in_a_reading_is_that_from_then_on(bench: Bench) -> None:
+    meter = bench.meters[0]
+    meter.identity = DeviceIdentity("GPU-fake", "Fake GPU", scope="module", power_basis="average power")
+    windows = bench.run(3.0)
+    assert [w.doubt for w in windows if w.energy_joules is None] == [Doubt.SCOPE_CHANGED]
+    meter.counting = False
+    assert tiled(windows + bench.run(1.0))
+    assert (bench.state["scope"], bench.state["basis"]) == ("module", "average power")
+
+
 def test_a_sleeping_engine_is_told_in_its_windows(bench: Bench) -> None:
     bench.sampler.activity.sleep(bench.clock() + 1.0)
     windows = bench.run(3.0)
@@ -262,8 +273,6 @@ def test_a_thread_whose_meters_cannot_open_says_why_and_ends() -> None:
 
 
 def test_a_thread_opens_reads_and_closes_and_is_started_again_after_a_crash() -> None:
-    import threading
-
     clock = FakeClock(START_SECONDS)
     meter = FakeMeter(clock, lambda t: 100.0 * t)
     threads: list[str] = []
@@ -286,6 +295,35 @@ def test_a_thread_opens_reads_and_closes_and_is_started_again_after_a_crash() ->
     assert threads == ["llmco2-sampler"] * 3
     assert sampler.state()["restarts"] == 2 and meter.closed
     assert {w.doubt for w in sampler.windows} == {Doubt.NONE}
+
+
+def test_a_loop_that_fails_with_its_meters_open_says_with_what_until_it_goes_on() -> None:
+    clock, broken = FakeClock(START_SECONDS), threading.Event()
+    told: list[str | None] = []
+    failed, mended = threading.Event(), threading.Event()
+
+    def suspended() -> float:
+        if broken.is_set():
+            raise OSError("no such clock")
+        return 0.0
+
+    def sleep(seconds: float) -> None:
+        clock.advance(max(seconds, 1e-3))
+        restarts, state = told.count("fails with OSError: no such clock"), sampler.state()
+        if not broken.is_set() and not failed.is_set() and state["devices"][0]["calls"] > 20:
+            broken.set()
+        elif broken.is_set() and state["restarts"]:
+            told.append(state["fault"])
+            if restarts > 3:
+                failed.set()
+                broken.clear()
+        elif failed.is_set() and state["fault"] is None:
+            mended.set()
+
+    sampler = EdgeSampler(lambda: [FakeMeter(clock)], Timing(clock, sleep, suspended))
+    sampler.start()
+    assert mended.wait(60.0) and sampler.stop(10.0)
+    assert set(told) == {"fails with OSError: no such clock"}
 
 
 Event = Callable[[FakeMeter], None]
