@@ -13,7 +13,7 @@ from llmco2_vllm import assemble
 from llmco2_vllm.assemble import Deployment, Meter
 from llmco2_vllm.config import Settings
 from llmco2_vllm.core.hardware import Topology
-from llmco2_vllm.meters.discover import Discovery
+from llmco2_vllm.meters.discover import Discovery, Search
 from llmco2_vllm.samples import SampleFeed
 from llmco2_vllm.store.reading import samples, store_path
 from tests.test_samples import account
@@ -51,10 +51,21 @@ def test_a_meter_of_all_devices_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert meter.found.now() == ("nvml", "") and meter.monitor.metering is not None and "meter" in meter.states
 
 
-def test_an_engine_over_two_hosts_is_not_measured_by_the_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    meter = assembled(monkeypatch, "nvml", 8, Topology(16), meter_devices=tuple(range(8)))
-    assert meter.monitor.metering is None
-    assert meter.found.now() == ("none", "nvml: 8 of this engine's 16 devices are on this host")
+@pytest.mark.parametrize(("devices", "least"), [(tuple(range(8)), 16), (None, 1)])
+def test_an_engine_over_two_hosts_is_not_measured_by_the_half_of_it(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[int, ...] | None, least: int
+) -> None:
+    asked: list[Search] = []
+
+    def refuse(choice: str, tokens: Any, search: Search, activity: Any) -> Discovery:
+        asked.append(search)
+        return Discovery(None, "none", f"{choice} of {tokens}")
+
+    monkeypatch.setattr(assemble, "open_meter", refuse)
+    deployment = Deployment(MODEL, "NVIDIA H100 80GB HBM3", "bfloat16", topology=Topology(16), meter_devices=devices)
+    meter = assemble.assemble(Settings(meter="nvml"), deployment)
+    assert meter.monitor.metering is None and meter.found.now() == ("none", f"nvml of {devices}")
+    assert [search.least_devices for search in asked] == [least]
 
 
 def test_the_hosts_counter_is_not_given_to_one_of_several_engines(monkeypatch: pytest.MonkeyPatch) -> None:

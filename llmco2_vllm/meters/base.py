@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+# Of an exception that nobody foresaw: the reason is shown in every response.
+MOST_TOLD_CHARACTERS = 120
+
 
 class Reading(NamedTuple):
     """One look at a device.
@@ -88,3 +91,11 @@ class UninitializedError(MeterError):
 
 class SkippedReadingError(MeterError):
     """Time-out or unknown error: this sample is skipped, the next may be fine."""
+
+
+def told(error: Exception) -> str:
+    """What went wrong, as a reason: the message of a MeterError; type and message, in one short line, of any other."""
+    if isinstance(error, MeterError):
+        return str(error) or type(error).__name__
+    message = " ".join(str(error).split())[:MOST_TOLD_CHARACTERS]
+    return f"fails with {type(error).__name__}: {message}".removesuffix(": ")

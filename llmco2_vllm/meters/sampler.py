@@ -26,6 +26,7 @@ from llmco2_vllm.meters.base import (
     SkippedReadingError,
     UninitializedError,
     Vitals,
+    told,
 )
 from llmco2_vllm.meters.edges import COARSE_SECONDS, CallLimit
 from llmco2_vllm.meters.window_queue import WindowQueue
@@ -46,8 +47,6 @@ SILENT_SECONDS = 5.0
 # How long stop() may have to wait for the thread.
 MOST_SLEEP_SECONDS = 0.25
 CROSS_CHECK_SECONDS = 5.0
-# Of what an error says: a reason is shown in every response.
-MOST_TOLD_CHARACTERS = 120
 # From here on windows are made longer, so that many devices do not keep the thread busy.
 DEVICES_AT_FULL_RATE = 2
 MOST_LENGTHENING = 5
@@ -56,14 +55,6 @@ MOST_LENGTHENING = 5
 def suspended_seconds() -> float:
     """How long this host has been suspended since boot: the boot-time clock goes on, the monotonic one stops."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
-
-
-def told(error: Exception) -> str:
-    """What failed in one line: the message of a meter's own error, of any other its type as well."""
-    message = " ".join(str(error).split())[:MOST_TOLD_CHARACTERS]
-    if isinstance(error, MeterError):
-        return message or type(error).__name__
-    return f"fails with {type(error).__name__}: {message}".removesuffix(": ")
 
 
 @dataclass(frozen=True)
@@ -274,7 +265,7 @@ class EdgeSampler:
         for device in self._devices:
             if device.due <= now:
                 self._guarded_look(device, now)
-        self.reason = None
+        self.reason, self._back_off = None, BACK_OFF_SECONDS
         return min((device.due for device in self._devices), default=now + BACK_OFF_SECONDS)
 
     def close(self) -> None:

@@ -297,33 +297,30 @@ def test_a_thread_opens_reads_and_closes_and_is_started_again_after_a_crash() ->
     assert {w.doubt for w in sampler.windows} == {Doubt.NONE}
 
 
-def test_a_loop_that_fails_with_its_meters_open_says_with_what_until_it_goes_on() -> None:
-    clock, broken = FakeClock(START_SECONDS), threading.Event()
-    told: list[str | None] = []
-    failed, mended = threading.Event(), threading.Event()
+def test_a_loop_that_fails_with_its_meters_open_says_with_what_until_it_goes_on_and_then_backs_off_anew() -> None:
+    clock, failing, end = FakeClock(START_SECONDS), {50, 51, 52, 53, 100, 101}, threading.Event()
+    called_at: list[float] = []
+    said: dict[int, str | None] = {}
 
     def suspended() -> float:
-        if broken.is_set():
+        called_at.append(clock())
+        if len(called_at) in failing:
             raise OSError("no such clock")
         return 0.0
 
     def sleep(seconds: float) -> None:
+        said[len(called_at)] = sampler.state()["fault"]
         clock.advance(max(seconds, 1e-3))
-        restarts, state = told.count("fails with OSError: no such clock"), sampler.state()
-        if not broken.is_set() and not failed.is_set() and state["devices"][0]["calls"] > 20:
-            broken.set()
-        elif broken.is_set() and state["restarts"]:
-            told.append(state["fault"])
-            if restarts > 3:
-                failed.set()
-                broken.clear()
-        elif failed.is_set() and state["fault"] is None:
-            mended.set()
+        if len(called_at) > 150:
+            end.set()
 
     sampler = EdgeSampler(lambda: [FakeMeter(clock)], Timing(clock, sleep, suspended))
     sampler.start()
-    assert mended.wait(60.0) and sampler.stop(10.0)
-    assert set(told) == {"fails with OSError: no such clock"}
+    assert end.wait(60.0) and sampler.stop(10.0)
+    assert {call: fault for call, fault in said.items() if fault} == dict.fromkeys(
+        failing, "fails with OSError: no such clock"
+    )
+    assert [called_at[n] - called_at[n - 1] for n in (50, 51, 52, 100)] == pytest.approx([1.0, 2.0, 4.0, 1.0])
 
 
 Event = Callable[[FakeMeter], None]
