@@ -225,8 +225,9 @@ class Recorder:
         up = bool(devices) and all(device.get("source") in ("counter", "power") for device in devices)
         self._metrics["llmco2_meter_up"].labels(*labels).set(float(up))
         watts = [float(w) for device in devices if (w := device.get("power_watts")) is not None]
-        if devices and len(watts) == len(devices):
-            self._metrics["llmco2_power_watts"].labels(*labels).set(sum(watts))
+        if devices:
+            known = sum(watts) if len(watts) == len(devices) else math.nan
+            self._metrics["llmco2_power_watts"].labels(*labels).set(known)
         for place, device in enumerate(devices):
             # Every kind from the start: a counter that is born at 1 hides its first fault from rate().
             for kind in FAULTS:

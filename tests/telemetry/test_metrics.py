@@ -245,6 +245,15 @@ def test_measured_families_add_up_to_the_counter(parts: list[tuple[float, ...]])
     assert sum(values) == pytest.approx(whole, rel=1e-9)
 
 
+def test_power_is_unknown_as_soon_as_it_is_for_a_device_and_known_again_with_it() -> None:
+    recorder, registry = make()
+    for watts, known in ((300.0, 500.0), (None, None), (250.0, 450.0)):
+        devices = [{"source": "counter", "power_watts": w, "faults": {}} for w in (watts, 200.0)]
+        recorder.engine(snapshot(metered=metered(), meter={"devices": devices}), WORLD, 10.0)
+        value = registry.get_sample_value("llmco2_power_watts", {"model_name": "a model", "engine": "0"})
+        assert value is not None and (math.isnan(value) if known is None else value == known)
+
+
 def test_a_meter_that_lost_a_device_is_down() -> None:
     recorder, registry = make()
     for source, up in (("counter", 1.0), ("none", 0.0), ("power", 1.0)):
