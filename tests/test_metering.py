@@ -619,6 +619,32 @@ def test_rejected_drafts_take_their_part_of_the_step_that_computed_them() -> Non
     assert engine.metering.settlement.rejected_draft_joules == settled.rejected_draft_joules > 0.0
 
 
+def test_prefill_that_is_taken_back_is_no_rejected_draft_and_costs_what_its_steps_did() -> None:
+    engine = Engine()
+    engine.join(30)
+    charge, monitor = engine.charges[0], engine.monitor
+
+    def step(tokens: int) -> None:
+        monitor.begin(engine, [charge.slice(tokens)])
+        engine.clock.advance(0.01)
+        monitor.end(engine)
+
+    step(30)
+    step(4)
+    engine.edge(0, 300.0)
+    engine.metering.tend_all()
+    charge.rewind(0, charge.computed)
+    for number in range(24):
+        step(1)
+        if number == 13:  # blocks of the KV cache were lost on their way
+            monitor.book.reject(charge, 2)
+    engine.finish(300.0)
+    settled = engine.settled(0)
+    assert settled.rejected_draft_joules == 0.0
+    assert settled.predicted_prefill_joules + settled.predicted_decode_joules == pytest.approx(charge.energy_joules)
+    assert settled.measured_joules == pytest.approx(engine.metering.attributor.totals.attributed_joules)
+
+
 def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
     engine = busy(0.5, 200.0)
     engine.schedule(8)

@@ -208,7 +208,7 @@ class LedgerBook:
             self._journal.open.append(lost)
 
     def conclude(self, charge: RequestCharge, reported_ratio: float) -> None:
-        """Of a closed ledger's energy only this share was reported to its client, or another one."""
+        """This share of a closed ledger's energy was reported to its client, and not just all of it."""
         if self._journal is not None and charge.account is not None:
             self._journal.open.append(Concluded(charge.account, reported_ratio))
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 from llmco2_vllm.core.estimate import Estimate
 from llmco2_vllm.core.steps import Mark, Step
 
-# A request's oldest parts are added up as soon as so many of them are settled.
-MOST_PARTS = 16
+# A request's oldest parts are added up as soon as so many of them are settled, or somebody asks for its figures.
+PARTS_AT_ONCE = 16
 
 
 class Rejected(NamedTuple):
@@ -27,7 +27,7 @@ class Rejected(NamedTuple):
 
 
 class Concluded(NamedTuple):
-    """A request is gone of whose energy only this share was told to a client, 0 to 1: none of an aborted one."""
+    """A request is gone of whose energy this share was told to its client: 0 of an aborted one, above 1 if too much."""
 
     account: Account
     reported_ratio: float
@@ -68,8 +68,8 @@ class Journal:
         """Whether nothing has happened since this step was scheduled: nobody joined, nobody left."""
         return step.mark is None and bool(self.open) and self.open[-1] is step
 
-    def settled(self, step: Step) -> None:
-        """Whoever comes behind the newest step finds its mark although it is settled."""
+    def settles(self, step: Step) -> None:
+        """Whoever comes behind the newest step finds its mark although the step is settled."""
         if step is self._newest:
             self.mark()
 
@@ -155,8 +155,8 @@ class Account:
     __slots__ = ("_context", "_drafted", "_entered", "_left", "_parts", "_runs", "_sums")
 
     def __init__(self) -> None:
-        self._parts: list[_Part] = []
-        self._runs: list[_Run] | None = None
+        self._parts: list[_Part] = []  # in the order of steps
+        self._runs: tuple[_Run, ...] = ()
         self._entered: Mark | None = None
         self._left: Mark | None = None
         self._context = 0
@@ -170,13 +170,10 @@ class Account:
         parts.append((mark, prefill, decode, recomputed, 0.0))
         if recomputed:
             mark.recomputed_joules += recomputed
-        if decode_tokens:
-            self._drafted = mark, decode / decode_tokens
-        if len(parts) > MOST_PARTS and parts[MOST_PARTS - 1][0].sums is not None:
-            self._sums = sums = self._sums or [0.0] * 8
-            for part in parts[:MOST_PARTS]:
-                _add_part(sums, part)
-            del parts[:MOST_PARTS]
+        # Behind a step without decode no drafts were rejected: what is taken back there was prefill.
+        self._drafted = (mark, decode / decode_tokens) if decode_tokens else None
+        if len(parts) > PARTS_AT_ONCE and parts[PARTS_AT_ONCE - 1][0].sums is not None:
+            self._add_up()
 
     def enter(self, mark: Mark, context: int) -> None:
         """It is in steady decode from now on, with so many tokens in its KV cache."""
@@ -184,19 +181,17 @@ class Account:
 
     def interrupt(self, mark: Mark) -> None:
         """It is not any more."""
-        if self._entered is None:
-            return
-        self._runs = runs = self._runs or []
-        runs.append((self._entered, mark, self._context))
-        self._entered = None
-        while runs and runs[0][1].sums is not None:
-            self._sums = sums = self._sums or [0.0] * 8
-            entered, left, context = runs.pop(0)
-            _add_run(sums, entered, left, context)
+        if self._entered is not None:
+            self._runs = (*self._runs, (self._entered, mark, self._context))
+            self._entered = None
+            self._add_up()
 
     def leave(self, mark: Mark) -> None:
         """It is gone; nothing will be added."""
         self._left = mark
+        if self._entered is not None:
+            self._runs = (*self._runs, (self._entered, mark, self._context))
+            self._entered = None
 
     def reject(self, drafts: int) -> Rejected | None:
         """What of its last step went into rejected drafts."""
@@ -219,21 +214,36 @@ class Account:
 
     def settled(self, now: Mark) -> Settled:
         """Its figures. now: the moment behind the last settled step of all, for one that is still in steady decode."""
+        self._add_up()
         sums = self._sums[:] if self._sums else [0.0] * 8
-        for part in self._parts:
-            if part[0].sums is not None:
-                _add_part(sums, part)
-        for entered, left, context in self._runs or ():
+        for entered, _, context in self._runs:
             if entered.sums is not None:
-                _add_run(sums, entered, left if left.sums is not None else now, context)
-        if (begin := self._entered) is not None and begin.sums is not None:
-            end = self._left
-            _add_run(sums, begin, now if end is None or end.sums is None else end, self._context)
+                _add_run(sums, entered, now, context)
+        if self._entered is not None and self._entered.sums is not None:
+            _add_run(sums, self._entered, now, self._context)
         return Settled._make(sums)
+
+    def _add_up(self) -> None:
+        """What is settled, for good: its marks are let go."""
+        parts, runs, sums = self._parts, self._runs, self._sums or [0.0] * 8
+        if parts and parts[0][0].sums is not None:
+            count = 0
+            for part in parts:
+                if part[0].sums is None:
+                    break
+                _add_part(sums, part)
+                count += 1
+            del parts[:count]
+            self._sums = sums
+        while runs and runs[0][1].sums is not None:
+            _add_run(sums, *runs[0])
+            self._runs = runs = runs[1:]
+            self._sums = sums
 
 
 def _add_part(sums: list[float], part: _Part) -> None:
     mark, prefill, decode, recomputed, rejected = part
+    assert mark.sums is not None
     value, estimated, half_width = mark.ratios
     both = prefill + decode
     sums[0] += value * prefill
@@ -309,7 +319,7 @@ class Settlement:
         ratios = value, estimated, half_width
         self._running.add(step, ratios)
         self._now = None
-        self._journal.settled(step)
+        self._journal.settles(step)
         if (mark := step.mark) is not None:
             mark.ratios = ratios
             self._running.mark(mark)

@@ -51,12 +51,13 @@ class Pace:
 
 
 class Mark:
-    """The moment behind a step, kept by whoever joins or leaves there or pays by itself in it; filled in when settled.
+    """The moment behind a step, kept by whoever joins or leaves there or pays by itself in it.
 
+    All but recomputed_joules is nothing until the step is settled.
     ratios: value (measured, and predicted times the recent ratio where no window was), estimated part of it and half
     width of its 90 % interval, each per joule the step was predicted to take. recomputed_joules: predicted, of tokens
     computed again in it. sums: running sums over so many settled ``steps``, for each of these quantities and for what
-    was predicted those of a + b * step and of b, as in ``ledgers.DecodeSums``; None until the step is settled.
+    was predicted those of a + b * step and of b, as in ``ledgers.DecodeSums``; None until then.
     """
 
     __slots__ = ("ratios", "recomputed_joules", "steps", "sums")

@@ -57,6 +57,7 @@ class EngineHook:
         self._late: dict[str, tuple[RequestCharge, float]] = {}
         self._dark = False  # the meter knows that the hook is off
         self._cursor = 0  # outputs that have come back
+        # The output at which it was last asked what is true of the meter and of the pace.
         self._followed, self._seconds_per_joule = -1, 0.0
 
     # -- schedule() -----------------------------------------------------------------------
@@ -181,8 +182,9 @@ class EngineHook:
 
     def freed(self, request: Any) -> None:
         """The scheduler lets go of a request: finished, aborted or failed."""
+        begin = perf_counter()
         request_id = request.request_id
-        aborted = request.status._name_ in _ABORTED  # name is a function
+        aborted = request.status._name_ in _ABORTED  # .name is a property, and slower
         self.reader.forget(request_id)
         undecided = aborted and request_id in self._stopping
         self._unsent.discard(request_id)
@@ -203,9 +205,10 @@ class EngineHook:
                 self._decide(next(iter(self._ended)), 0.0)
         else:
             self._conclude(request_id, charge, 0.0 if aborted else charge.energy_joules)
-        if not stranger:
-            # The host gives its last output the headers of the request.
+        if not stranger and not undecided:
+            # The host gives its last output the headers of the request; one that the front end ended has none.
             self._send(request, charge, final=True)
+        self.hook_seconds += perf_counter() - begin
 
     def decide(self, counted: Mapping[str, float]) -> None:
         """What the front end counted, in joules, of requests it ended itself; 0 where the client left."""
