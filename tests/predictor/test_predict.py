@@ -37,12 +37,11 @@ predictors = st.sampled_from(sorted(PREDICTORS))
 
 
 def shape(rows: list[tuple[int, int, int, int]]) -> BatchShape:
-    slices = [
-        RequestSlice(
-            RequestCharge(context, context + prefill, context + prefill), prefill, decode, sampled * (prefill > 0)
-        )
-        for context, prefill, decode, sampled in rows
-    ]
+    slices = []
+    for context, prefill, decode, sampled in rows:
+        charge = RequestCharge(context, context + prefill, context + prefill)
+        pairs = charge.slice(prefill + decode)[-2:]
+        slices.append(RequestSlice(charge, prefill, decode, sampled * (prefill > 0), *pairs))
     return LedgerBook().shape(slices)
 
 
