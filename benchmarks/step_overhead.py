@@ -4,8 +4,9 @@
 
 One scheduler with the hook runs steady decode, steady decode with stop strings in every request (the
 front end must know the figures at each output), then mixed steps (8 prefills join and 8 requests leave
-each step). ``added`` is the time spent inside our four hooks in a step, taken around each of them with a
-clock whose own cost is subtracted; ``scheduler`` is schedule() plus update_from_output() without them.
+each step). ``added`` is the time a step waits for our hooks in schedule() and update_from_output(), taken around each
+of them with a clock whose own cost is subtracted; ``scheduler`` is those two without them. ``meanwhile`` is what we do
+in get_grammar_bitmask(), while the devices run the step: workers in processes of their own, and GPUs, wait for none of it.
 The hook is the product's: predictor, ledgers, outbox. With --device the steps are priced as that GPU's, by the
 network; without it as this host's, by the Roofline. With --metered a window of a simulated meter ends every 100 ms, is
 split over its steps and settled, as with a GPU's counter; the sampler's own thread is not part of the step.
@@ -33,6 +34,7 @@ from llmco2_vllm.meters.discover import Discovery
 from llmco2_vllm.vllm_plugin import register
 
 HOOKS = ("scheduled", "executed", "attach", "freed")
+MEANWHILE = "running"
 TICK_SECONDS = 0.1
 
 
@@ -58,19 +60,23 @@ class TickingMeter:
 
 
 class Stopwatch:
-    """Adds up the time spent inside the hook's entry points during one step."""
+    """Adds up the time spent inside the hook's entry points during one step: what it waits for, and the rest."""
 
     def __init__(self, hook: Any) -> None:
-        self.nanoseconds = 0
+        self.nanoseconds = self.meanwhile = 0
         self.own = self._own_cost()
-        for name in HOOKS:
-            setattr(hook, name, self._timed(getattr(hook, name)))
+        for name in (*HOOKS, MEANWHILE):
+            setattr(hook, name, self._timed(getattr(hook, name), name == MEANWHILE))
 
-    def _timed(self, function: Any) -> Any:
+    def _timed(self, function: Any, meanwhile: bool) -> Any:
         def timed(*args: Any) -> None:
             begin = perf_counter_ns()
             function(*args)
-            self.nanoseconds += perf_counter_ns() - begin - self.own
+            spent = perf_counter_ns() - begin - self.own
+            if meanwhile:
+                self.meanwhile += spent
+            else:
+                self.nanoseconds += spent
 
         return timed
 
@@ -110,22 +116,24 @@ def measure(
     for _ in range(12):
         engine.step()
     watch = Stopwatch(scheduler.llmco2_hook)
-    added, plain = [], []
+    added, meanwhile, plain = [], [], []
     for step in range(arguments.steps):
         for i in range(mixed):
             lifetime = max(requests // mixed, 2)
             scheduler.add_request(harness.make_request(f"s{step}-{i}", 128, max_tokens=lifetime))
-        watch.nanoseconds = 0
+        watch.nanoseconds = watch.meanwhile = 0
         if meter is not None:
             meter.tick()
         begin = perf_counter_ns()
         output = scheduler.schedule()
         middle = perf_counter_ns()
+        scheduler.get_grammar_bitmask(output)
         answer = engine._answer(output)
         resumed = perf_counter_ns()
         scheduler.update_from_output(output, answer)
         total = middle - begin + perf_counter_ns() - resumed
         added.append(watch.nanoseconds / 1e3)
+        meanwhile.append(watch.meanwhile / 1e3)
         plain.append((total - watch.nanoseconds) / 1e3)
     return {
         "kind": "mixed" if mixed else "stop" if stop else "steady",
@@ -134,6 +142,8 @@ def measure(
         "predictor": scheduler.llmco2_hook.monitor.predictor.name,
         "added_p50_us": round(median(added), 1),
         "added_p99_us": round(percentile(added, 0.99), 1),
+        "meanwhile_p50_us": round(median(meanwhile), 1),
+        "meanwhile_p99_us": round(percentile(meanwhile, 0.99), 1),
         "scheduler_p50_us": round(median(plain), 1),
         "ratio_p50": round(median(a / p for a, p in zip(added, plain, strict=True)), 3),
         "windows": 0 if meter is None else scheduler.llmco2_hook.monitor.metering.attributor.totals.windows,
@@ -168,10 +178,12 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"rows": rows, "growth_us_per_request": round(growth, 4)}))
         return
-    print(f"{'kind':8}{'running':>8}{'added p50':>12}{'added p99':>12}{'scheduler p50':>15}{'ratio':>8}")
+    names = "".join(f"{name:>15}" for name in ("added p50", "added p99", "meanwhile p50", "p99", "scheduler p50"))
+    print(f"{'kind':8}{'running':>8}{names}{'ratio':>8}")
     for row in rows:
         print(
-            f"{row['kind']:8}{row['requests']:>8}{row['added_p50_us']:>10} us{row['added_p99_us']:>9} us"
+            f"{row['kind']:8}{row['requests']:>8}{row['added_p50_us']:>12} us{row['added_p99_us']:>12} us"
+            f"{row['meanwhile_p50_us']:>12} us{row['meanwhile_p99_us']:>12} us"
             f"{row['scheduler_p50_us']:>12} us{row['ratio_p50']:>8}"
         )
     print(f"growth in steady decode: {growth:.4f} us per running request")

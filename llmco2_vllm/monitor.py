@@ -90,6 +90,8 @@ class StepMonitor:
         self._priced: Estimate | None = None
         self._repeats = 0
         self._repeats_allowed = 0
+        # The step that is priced and not charged.
+        self._due: tuple[list[RequestSlice], BatchShape, Estimate] | None = None
         # Of busy seconds and predicted joules, for the pace.
         self._recent = RecentGrowth(PACE_SECONDS, 0.0, 0.0)
         self._pace = 0.0, 0.0  # (busy seconds it was found at, pace)
@@ -103,7 +105,7 @@ class StepMonitor:
     @property
     def book(self) -> LedgerBook:
         """The ledgers, up to date."""
-        if self._repeats:
+        if self._repeats or self._due is not None:
             self._catch_up()
         return self._book
 
@@ -114,22 +116,31 @@ class StepMonitor:
         return self._totals
 
     def begin(self, key: object, slices: list[RequestSlice], encoder_tokens: int = 0) -> Ticket:
-        """Price a step before it runs: one token for each decoding request, and ``slices``."""
-        book = self.book
-        shape = book.shape(slices, encoder_tokens)
+        """Price a step before it runs: one token for each decoding request, and ``slices``.
+
+        Nobody waits for the charges: they are made when the ledgers are next asked for, or by :meth:`charge`.
+        """
+        shape = self.book.shape(slices, encoder_tokens)
         estimate = self.predictor.estimate(shape)
         now, step = self._clock(), None
+        if self.metering is not None:
+            step = self.metering.opened(Step(now, estimate, shape))
+        self._due = slices, shape, estimate
+        self._priced, self._repeats_allowed = None, 0
+        return self._open(key, now, estimate, step)
+
+    def charge(self) -> None:
+        """Charge the step that was priced by :meth:`begin`."""
+        if self._due is None:
+            return
+        (slices, shape, estimate), self._due = self._due, None
         if self.metering is None:
             for part in slices:
                 part.pay(estimate)
-        else:
-            step = self.metering.opened(Step(now, estimate, shape))
-            if slices:
-                _pay(slices, estimate, self.metering.journal.mark())
-        book.advance(estimate)
-        self._priced, self._repeats_allowed = None, 0
+        elif slices:
+            _pay(slices, estimate, self.metering.journal.mark())
+        self._book.advance(estimate)
         self._add(shape, estimate)
-        return self._open(key, now, estimate, step)
 
     def begin_steady(self, key: object) -> Ticket:
         """As :meth:`begin` for a step of decoding requests alone, the same as in the step before.
@@ -160,6 +171,7 @@ class StepMonitor:
         return estimate
 
     def _catch_up(self) -> None:
+        self.charge()
         repeats, self._repeats = self._repeats, 0
         estimate = self._priced
         if not repeats or estimate is None:
@@ -194,6 +206,7 @@ class StepMonitor:
 
         Outputs come in the order the steps were scheduled; tickets that were passed over are lost.
         """
+        self.charge()  # a step is settled after it was charged
         ticket = self._tickets.popleft() if self._tickets else None
         if ticket is None or ticket.key is not key:
             ticket = self._search(key, ticket)

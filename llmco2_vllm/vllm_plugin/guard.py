@@ -13,7 +13,7 @@ T = TypeVar("T")
 # Where each side catches exceptions of ours, by the host's call that we are in or by what we were at.
 PLACES: Final[Mapping[str, tuple[str, ...]]] = {
     "engine": (
-        *("schedule", "update_from_output", "attach", "free_request", "preempt_request"),
+        *("schedule", "get_grammar_bitmask", "update_from_output", "attach", "free_request", "preempt_request"),
         *("decide", "tend", "settled", "sleep"),
     ),
     "front end": (

@@ -56,6 +56,12 @@ class EngineHook:
         # last step and the front end has asked.
         self._late: dict[str, tuple[RequestCharge, float]] = {}
         self._dark = False  # the meter knows that the hook is off
+        # The step that was priced last, until it is charged; whether the host told us that it runs.
+        self._priced: Any = None
+        self._told = False
+        # Requests that the scheduler let go of in this update: id, whether its client left, headers of its last output.
+        self._leaving: list[tuple[str, bool, dict[str, str]]] = []
+        self._updating = False
         self._cursor = 0  # outputs that have come back
         # The output at which it was last asked what is true of the meter and of the pace.
         self._followed, self._seconds_per_joule = -1, 0.0
@@ -63,21 +69,37 @@ class EngineHook:
     # -- schedule() -----------------------------------------------------------------------
 
     def scheduled(self, output: Any, scheduler: Any) -> None:
-        """Price and charge the step that ``schedule()`` returned."""
+        """Price the step that ``schedule()`` returned."""
         if not output.total_num_scheduled_tokens:
             return
         begin = perf_counter()
+        self._charge()
         if self.reader.is_steady(output):
             self.monitor.begin_steady(output)
         else:
-            self._scheduled_mixed(output, scheduler.requests)
+            slices = self.reader.read(output, scheduler.requests)
+            if slices and self.monitor.metering is not None:
+                self.monitor.metering.working(True)
+            self.monitor.begin(output, slices, _encoder_inputs(output))
+            self._priced = output
         self.hook_seconds += perf_counter() - begin
 
-    def _scheduled_mixed(self, output: Any, requests: Mapping[str, Any]) -> None:
-        slices = self.reader.read(output, requests)
-        if slices and self.monitor.metering is not None:
-            self.monitor.metering.working(True)
-        self.monitor.begin(output, slices, _encoder_inputs(output))
+    # -- while the step runs --------------------------------------------------------------
+
+    def running(self) -> None:
+        """What no step has to wait for: charges, and some of the meter's work."""
+        begin = perf_counter()
+        self._told = True
+        self._charge()
+        if self.monitor.metering is not None:
+            self.monitor.metering.tend()
+        self.hook_seconds += perf_counter() - begin
+
+    def _charge(self) -> None:
+        if self._priced is None:
+            return
+        output, self._priced = self._priced, None
+        self.monitor.charge()
         self.reader.charged(output)
         if self._stopping:
             # Charged by itself in this step, or left out of it: the sums do not say its figures.
@@ -97,13 +119,13 @@ class EngineHook:
     def executed(self, output: Any) -> None:
         """Close the step's window: its output has come back."""
         self._cursor += 1
+        self._updating = True
         if output.total_num_scheduled_tokens:
+            if not self._told:
+                self.running()  # some hosts do not tell us, those that pool with batches in flight among them
+            self._told = False
+            self._charge()
             self.monitor.end(output)
-            # Not behind a step whose outputs take a ledger along: what is rare goes one at a time.
-            if self.monitor.metering is not None and self._cursor % PERIOD_STEPS:
-                begin = perf_counter()
-                self.monitor.metering.tend()
-                self.hook_seconds += perf_counter() - begin
 
     def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
         """Put the ledgers that are due into the outputs' trace headers.
@@ -113,10 +135,13 @@ class EngineHook:
         with stop strings goes, of each step, what the front end needs to know its figures: its ledger, or the running
         sums it is charged by.
         """
+        self._updating = False
         periodic = self._cursor % PERIOD_STEPS == 0
-        if not (periodic or self._unsent or self._stopping):
+        if not (periodic or self._leaving or self._unsent or self._stopping):
             return
         begin = perf_counter()
+        if self._leaving:
+            self._let_go()
         sums = self._sums_record() if self._stopping else None
         for outputs in (outputs_by_client or {}).values():
             if sums is not None and outputs.outputs:
@@ -162,15 +187,17 @@ class EngineHook:
             follows = stops and charge.entered is not None
             # As long as nothing of it is settled, a ledger goes alone where its last one is sure to come.
             alone = not stops and charge.account is not None and not charge.account.begun
-            self._send(output, charge, final=False, context=charge.computed if follows else -1, alone=alone)
+            _add_headers(
+                output, self._records(charge, final=False, context=charge.computed if follows else -1, alone=alone)
+            )
 
-    def _send(self, to: Any, charge: RequestCharge, final: bool, *, context: int = -1, alone: bool = False) -> None:
+    def _records(self, charge: RequestCharge, final: bool, context: int = -1, alone: bool = False) -> dict[str, str]:
         if self._followed != self._cursor:
             self._follow()
         records = {KEY: encode(charge, self.origin, final, context, self._seconds_per_joule)}
         if not alone and (metered := self._metered(charge)) is not None:
             records[METERED_KEY] = encode_metered(metered)
-        _add_headers(to, records)
+        return records
 
     def _metered(self, charge: RequestCharge, reported_ratio: float = 1.0) -> Metered | None:
         metering = self.monitor.metering
@@ -183,32 +210,42 @@ class EngineHook:
     def freed(self, request: Any) -> None:
         """The scheduler lets go of a request: finished, aborted or failed."""
         begin = perf_counter()
-        request_id = request.request_id
+        # The host gives its last output these headers, which are filled when the outputs are made: all at once.
+        request.trace_headers = headers = dict(request.trace_headers or ())
         aborted = request.status._name_ in _ABORTED  # .name is a property, and slower
-        self.reader.forget(request_id)
-        undecided = aborted and request_id in self._stopping
-        self._unsent.discard(request_id)
-        self._stopping.discard(request_id)
-        counted = self._counted.pop(request_id, None)
-        stranger = request_id in self._strangers
-        self._strangers.discard(request_id)
-        charge = self.monitor.finish(request_id)
-        if charge is None:
-            return
+        self._leaving.append((request.request_id, aborted, headers))
+        if not self._updating:
+            self._let_go()
+        self.hook_seconds += perf_counter() - begin
+
+    def _let_go(self) -> None:
+        self._charge()
+        leaving, self._leaving = self._leaving, []
+        for request_id, aborted, headers in leaving:
+            self.reader.forget(request_id)
+            undecided = aborted and request_id in self._stopping
+            self._unsent.discard(request_id)
+            self._stopping.discard(request_id)
+            counted = self._counted.pop(request_id, None)
+            stranger = request_id in self._strangers
+            self._strangers.discard(request_id)
+            charge = self.monitor.finish(request_id)
+            if charge is None:
+                continue
+            if counted is not None:
+                self._conclude(request_id, charge, counted)
+            elif undecided:
+                self._ended[request_id] = charge
+            else:
+                self._conclude(request_id, charge, 0.0 if aborted else charge.energy_joules)
+            if not stranger and not undecided:  # one that the front end ended has no further output
+                headers.update(self._records(charge, final=True))
+        while len(self._ended) > MOST_UNDECIDED:
+            self._decide(next(iter(self._ended)), 0.0)
+        while len(self._late) > MOST_UNDECIDED:
+            del self._late[next(iter(self._late))]
         if self.monitor.metering is not None and not self.monitor.book.open:
             self.monitor.metering.working(False)
-        if counted is not None:
-            self._conclude(request_id, charge, counted)
-        elif undecided:
-            self._ended[request_id] = charge
-            if len(self._ended) > MOST_UNDECIDED:
-                self._decide(next(iter(self._ended)), 0.0)
-        else:
-            self._conclude(request_id, charge, 0.0 if aborted else charge.energy_joules)
-        if not stranger and not undecided:
-            # The host gives its last output the headers of the request; one that the front end ended has none.
-            self._send(request, charge, final=True)
-        self.hook_seconds += perf_counter() - begin
 
     def decide(self, counted: Mapping[str, float]) -> None:
         """What the front end counted, in joules, of requests it ended itself; 0 where the client left."""
@@ -225,11 +262,10 @@ class EngineHook:
         self.monitor.conclude(charge, joules)
         if self.monitor.metering is not None and joules > 0.0:
             self._late[request_id] = charge, joules / charge.energy_joules
-            if len(self._late) > MOST_UNDECIDED:
-                del self._late[next(iter(self._late))]
 
     def preempted(self, request: Any) -> None:
         """The scheduler takes a running request's KV cache away; it will replay its tokens."""
+        self._charge()
         self.reader.preempted(request.request_id)
 
     def switch(self, on: bool, request_ids: Iterable[str]) -> None:
@@ -238,6 +274,8 @@ class EngineHook:
             return
         if on:
             self.reader.leave_fast_path()
+            self._priced, self._updating = None, False
+            self._leaving.clear()
             self.monitor.reset()
             self._strangers = set(request_ids)
             self._unsent.clear()

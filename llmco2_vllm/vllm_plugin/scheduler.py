@@ -38,6 +38,12 @@ class CarbonMixin:
             hook.guard.call("schedule", hook.scheduled, output, self)
         return output
 
+    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's, which it asks for while the step runs: so does what need not be done before."""
+        if (hook := self.llmco2_hook) is not None:
+            hook.guard.call("get_grammar_bitmask", hook.running)
+        return super().get_grammar_bitmask(*args, **kwargs)  # type: ignore[misc]
+
     def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's ``update_from_output``, between the end of the step and the outbox."""
         if (hook := self.llmco2_hook) is None:

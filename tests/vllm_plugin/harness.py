@@ -176,12 +176,20 @@ def make_core_request(request_id: str, prompt: int | list[int], max_tokens: int 
 class Engine:
     """The engine core's loop around a scheduler, with ``depth`` batches in flight.
 
-    sample: what the workers answer for (request id, tokens it has): a list of token ids.
+    sample: what the workers answer for (request id, tokens it has): a list of token ids. tells: it asks for the
+    grammar bitmask while the step runs, as it does not for pooling models.
     """
 
-    def __init__(self, scheduler: Any, depth: int = 1, sample: Callable[[Request], list[int]] | None = None) -> None:
+    def __init__(
+        self,
+        scheduler: Any,
+        depth: int = 1,
+        sample: Callable[[Request], list[int]] | None = None,
+        tells: bool = True,
+    ) -> None:
         self.scheduler = scheduler
         self.depth = depth
+        self.tells = tells
         self.sample = sample or (lambda _request: [7])
         self.queue: deque[Any] = deque()
         self.outputs: list[Any] = []
@@ -191,6 +199,8 @@ class Engine:
     def step(self) -> None:
         """Schedule one batch and, when the queue is full, bring one back."""
         output = self.scheduler.schedule()
+        if self.tells:
+            self.scheduler.get_grammar_bitmask(output)
         self.steps.append(output)
         self.queue.append((output, self._answer(output)))
         if len(self.queue) >= self.depth:
