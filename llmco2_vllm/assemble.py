@@ -205,9 +205,16 @@ def assemble(settings: Settings, deployment: Deployment) -> Meter:
     states: dict[str, Callable[[], Any]] = {"meter": found.sampler.state}
     if listener.feed is not None:
         states["samples"] = listener.feed.state
-    if found.name != "rapl" and settings.node_overhead is None and (host := open_meter("rapl")).sampler is not None:
-        states["host"] = HostEnergy(host.sampler.windows, host.name).state
+    if found.name != "rapl" and settings.node_overhead is None:
+        states["host"] = _host_energy(open_meter("rapl"))
     return Meter(StepMonitor(predictor, metering=metering), device, found, states)
+
+
+def _host_energy(found: Discovery) -> Callable[[], dict[str, Any]]:
+    """What a snapshot says of the host: its energy, or why that is not known."""
+    if found.sampler is None:
+        return lambda: {"source": found.name, "reason": found.reason}
+    return HostEnergy(found.sampler.windows, found.name, lambda: found.now()[1]).state
 
 
 @dataclass(frozen=True)

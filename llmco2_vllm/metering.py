@@ -54,10 +54,13 @@ class Deaf:
 
 
 class HostEnergy:
-    """Energy of CPUs and memory beside the devices, by a meter of its own; every engine of a host sees the same."""
+    """Energy of CPUs and memory beside the devices, by a meter of its own; every engine of a host sees the same.
 
-    def __init__(self, source: deque[MeterWindow], name: str) -> None:
-        self.name = name
+    fault: why it is not known at this moment, empty while it is.
+    """
+
+    def __init__(self, source: deque[MeterWindow], name: str, fault: Callable[[], str] = str) -> None:
+        self.name, self._fault = name, fault
         self.joules = self.unmetered_seconds = 0.0
         self._source = source
 
@@ -69,7 +72,8 @@ class HostEnergy:
                 self.unmetered_seconds += window.duration_seconds
             else:
                 self.joules += window.energy_joules
-        return {"joules": self.joules, "unmetered_seconds": self.unmetered_seconds, "source": self.name}
+        figures = {"joules": self.joules, "unmetered_seconds": self.unmetered_seconds}
+        return {**figures, "source": self.name, "reason": self._fault()}
 
 
 class Metering:

@@ -260,16 +260,21 @@ class StepMonitor:
         totals.rejected_draft_tokens += charge.rejected_draft_tokens
         return charge
 
-    def conclude(self, charge: RequestCharge, reported_joules: float) -> None:
-        """Book a closed ledger: what its client was told, and the rest as aborted. 0 told means it was aborted."""
+    def conclude(self, charge: RequestCharge, reported_joules: float) -> float:
+        """Book a closed ledger: what its client was told, and the rest as aborted. 0 told means it was aborted.
+
+        Returns the share of its energy that was told; 0 of nothing.
+        """
         totals, spent_joules = self._totals, charge.energy_joules
+        ratio = reported_joules / spent_joules if spent_joules > 0.0 else 0.0
         totals.aborted_joules += spent_joules - reported_joules
-        if reported_joules != spent_joules > 0.0:
-            self._book.conclude(charge, reported_joules / spent_joules)
+        if ratio != 1.0 and spent_joules > 0.0:
+            self._book.conclude(charge, ratio)
         if reported_joules:
             totals.finished_requests += 1
         else:
             totals.aborted_requests += 1
+        return ratio
 
     def reset(self) -> None:
         """Forget open ledgers and tickets; the totals stay."""

@@ -100,3 +100,14 @@ def test_a_host_meter_beside_the_devices_is_shown_unless_its_share_is_stated(mon
     for overhead, there in ((None, True), (0.2, False)):
         meter = assemble.assemble(Settings(meter="nvml", node_overhead=overhead), deployment)
         assert ("host" in meter.states) is there
+
+
+def test_why_the_host_has_no_meter_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "RAPL: permission denied; let it be read"
+
+    def opened(choice: str, *_: object) -> Discovery:
+        return Discovery(None, "none", reason) if choice == "rapl" else Discovery(Sampler(1), choice, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(assemble, "open_meter", opened)
+    meter = assemble.assemble(Settings(meter="nvml"), Deployment(MODEL, "NVIDIA H100 80GB HBM3", "bfloat16"))
+    assert meter.states["host"]() == {"source": "none", "reason": reason}

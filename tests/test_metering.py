@@ -661,10 +661,17 @@ def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
 
 def test_the_host_is_counted_apart_and_what_its_meter_does_not_know_is_not_zero() -> None:
     windows = deque([MeterWindow(0, 0.0, 1.0, 40.0), MeterWindow(0, 1.0, 3.0, None, 0.0, Doubt.LOST)])
-    host = HostEnergy(windows, "rapl")
-    assert host.state() == {"joules": 40.0, "unmetered_seconds": 2.0, "source": "rapl"}
+    faults = ["RAPL: no permission", ""]
+    host = HostEnergy(windows, "rapl", faults.pop)
+    assert host.state() == {"joules": 40.0, "unmetered_seconds": 2.0, "source": "rapl", "reason": ""}
     windows.append(MeterWindow(0, 3.0, 4.0, 2.0))
-    assert host.state()["joules"] == 42.0 and not windows
+    assert host.state() == {
+        "joules": 42.0,
+        "unmetered_seconds": 2.0,
+        "source": "rapl",
+        "reason": "RAPL: no permission",
+    }
+    assert not windows
 
 
 @pytest.mark.parametrize("pause_seconds", [0.001, 0.05])

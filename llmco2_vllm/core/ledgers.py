@@ -112,7 +112,8 @@ class RequestCharge:
     def slice(self, tokens: int) -> RequestSlice:
         """Split the next ``tokens`` of this request into prefill and decode."""
         computed = self.computed
-        prefill = min(max(self.known - computed, 0), tokens)
+        prefill = self.known - computed
+        prefill = 0 if prefill < 0 else prefill if prefill < tokens else tokens
         samples = prefill == tokens and computed + tokens >= self.samples_at
         decode, context = tokens - prefill, computed + prefill
         prefill_pairs = prefill * computed + prefill * (prefill + 1) // 2

@@ -189,9 +189,7 @@ class Account:
     def leave(self, mark: Mark) -> None:
         """It is gone; nothing will be added."""
         self._left = mark
-        if self._entered is not None:
-            self._runs = (*self._runs, (self._entered, mark, self._context))
-            self._entered = None
+        self.interrupt(mark)
 
     def reject(self, drafts: int) -> Rejected | None:
         """What of its last step went into rejected drafts."""

@@ -78,10 +78,10 @@ def open_meter(
     sampler.start()
     if not sampler.answered.wait(search.answer_seconds):
         return Discovery(sampler, name, f"{name} did not answer within {search.answer_seconds:g} s; still waiting")
-    if sampler.name == "none":
-        sampler.stop(0.0)
+    if sampler.given_up:
         return Discovery(None, "none", _said(name, sampler.reason or ""))
-    return Discovery(sampler, name, None)
+    # One that failed in another way is tried again, and heard of by ``now``.
+    return Discovery(sampler, name, None if sampler.reason is None else _said(name, sampler.reason))
 
 
 def _said(name: str, reason: str) -> str:

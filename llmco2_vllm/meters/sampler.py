@@ -150,6 +150,7 @@ class EdgeSampler:
         self.activity = activity or EngineActivity()
         self.reason: str | None = None  # why no meter is open, or none of those that are is read
         self.answered = threading.Event()  # the first attempt to open is over
+        self.given_up = False  # there is no such meter here; any other failure is tried again
         self._open_meters = open_meters
         self._timing = timing or Timing()
         self._rules = rules or WindowRules()
@@ -280,6 +281,7 @@ class EdgeSampler:
                 self._thread_seconds = time.thread_time()
                 self._wait(due - self._timing.clock())
             except MeterUnavailableError as error:
+                self.given_up = True
                 self._failed(error)
                 break  # predict only
             except Exception as error:

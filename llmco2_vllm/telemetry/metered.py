@@ -12,12 +12,12 @@ from struct import Struct
 from typing import NamedTuple
 
 from llmco2_vllm.core.ledgers import RequestCharge
-from llmco2_vllm.core.settlement import Settlement
+from llmco2_vllm.core.settlement import Settled, Settlement
 from llmco2_vllm.telemetry.ledger import Ledger, Wire
 
 METERED_KEY = "llmco2-metered"
 METERED_VERSION = "2"
-# In the order of Metered.
+# In the order of Metered and Settled.
 _METERED = Wire("metered record", METERED_VERSION, Struct("<?9d"))
 _pack = _METERED.numbers.pack
 # Records are exact, sums are not: the shares of a step in its windows add up to one but for rounding, and settled steps
@@ -27,23 +27,13 @@ _ROUNDING = 1e-6
 
 
 class Metered(NamedTuple):
-    """The settled steps of one request. Joules.
+    """The settled steps of one request.
 
-    final: every step is settled, the figure no longer changes. prefill_joules, decode_joules: measured, and predicted
-    times the recent ratio where no window was. half_width_joules: of the 90 % interval of their sum. predicted_*: of
-    the same steps. recomputed_joules, rejected_draft_joules and estimated_joules, which no window covers, are parts of
-    the first two. recent_ratio: measured over predicted.
+    final: every step is settled, the figure no longer changes. recent_ratio: measured over predicted joules.
     """
 
     final: bool
-    prefill_joules: float
-    decode_joules: float
-    half_width_joules: float
-    predicted_prefill_joules: float
-    predicted_decode_joules: float
-    recomputed_joules: float
-    rejected_draft_joules: float
-    estimated_joules: float
+    settled: Settled
     recent_ratio: float
 
 
@@ -75,19 +65,21 @@ def metered_of(
     if account is None:
         return None
     settled = account.settled(settlement.now)
-    told = settled if reported_ratio == 1.0 else [reported_ratio * joules for joules in settled]
-    return Metered._make((account.final, *told, recent_ratio))
+    if reported_ratio != 1.0:
+        settled = Settled._make([reported_ratio * joules for joules in settled])
+    return Metered(account.final, settled, recent_ratio)
 
 
 def encode_metered(record: Metered) -> str:
     """The wire form, exact: version and numbers."""
-    return f"{METERED_VERSION},{_pack(*record).hex()}"
+    final, settled, recent_ratio = record
+    return f"{METERED_VERSION},{_pack(final, *settled, recent_ratio).hex()}"
 
 
 def decode_metered(text: str) -> Metered:
     """Inverse of :func:`encode_metered`. Raises ValueError on another version or a malformed record."""
-    numbers, _ = _METERED.read(text)
-    return Metered._make(numbers)
+    (final, *settled, recent_ratio), _ = _METERED.read(text)
+    return Metered(final, Settled._make(settled), recent_ratio)
 
 
 def figure(ledger: Ledger, record: Metered) -> Figure:
@@ -95,20 +87,19 @@ def figure(ledger: Ledger, record: Metered) -> Figure:
 
     Open steps are predicted joules times the recent ratio; their interval is that of the prediction.
     """
-    ratio = record.recent_ratio
-    open_prefill = max(0.0, ledger.prefill_joules - record.predicted_prefill_joules) * (not record.final)
-    open_decode = max(0.0, ledger.decode_joules - record.predicted_decode_joules) * (not record.final)
+    final, settled, ratio = record
+    open_prefill = max(0.0, ledger.prefill_joules - settled.predicted_prefill_joules) * (not final)
+    open_decode = max(0.0, ledger.decode_joules - settled.predicted_decode_joules) * (not final)
     spent = ledger.energy_joules or 1.0
     widest = max(ledger.upper_joules - spent, spent - ledger.lower_joules) / spent
-    settled, still_open = record.prefill_joules + record.decode_joules, ratio * (open_prefill + open_decode)
-    covered = settled - record.estimated_joules
+    still_open = ratio * (open_prefill + open_decode)
     return Figure(
-        record.prefill_joules + ratio * open_prefill,
-        record.decode_joules + ratio * open_decode,
-        record.half_width_joules + still_open * widest,
-        _coverage(covered, settled + still_open),
-        record.recomputed_joules,
-        record.rejected_draft_joules,
+        settled.prefill_joules + ratio * open_prefill,
+        settled.decode_joules + ratio * open_decode,
+        settled.half_width_joules + still_open * widest,
+        _coverage(settled.measured_joules, settled.energy_joules + still_open),
+        settled.recomputed_joules,
+        settled.rejected_draft_joules,
     )
 
 

@@ -35,6 +35,9 @@ SYMBOLS: dict[str, Symbol] = {
     "get_scheduler_cls": Symbol("vllm.config", "SchedulerConfig", "get_scheduler_cls", "prediction and ledgers"),
     "schedule": Symbol("vllm.v1.core.sched.scheduler", "Scheduler", "schedule", "prediction"),
     "update_from_output": Symbol("vllm.v1.core.sched.scheduler", "Scheduler", "update_from_output", "ledgers"),
+    "get_grammar_bitmask": Symbol(
+        "vllm.v1.core.sched.scheduler", "Scheduler", "get_grammar_bitmask", "that no step waits for our bookkeeping"
+    ),
     "free_request": Symbol("vllm.v1.core.sched.scheduler", "Scheduler", "_free_request", "final figures"),
     "preempt_request": Symbol("vllm.v1.core.sched.scheduler", "Scheduler", "_preempt_request", "recomputed tokens"),
     "trace_headers": Symbol("vllm.v1.engine", "EngineCoreOutput", "trace_headers", "figures in responses"),

@@ -249,7 +249,7 @@ class CarbonFrontEnd:
 
     def _count_host(self, snapshots: Sequence[dict[str, Any]]) -> None:
         """What the host took beside the devices; every engine of a host reads the same counter."""
-        if hosts := [snapshot["host"] for snapshot in snapshots if "host" in snapshot]:
+        if hosts := [host for snapshot in snapshots if "joules" in (host := snapshot.get("host", {}))]:
             metered = [snapshot["metered"] for snapshot in snapshots if "metered" in snapshot]
             joules, blind = (sum(m[key] for m in metered) for key in ("metered_joules", "unmetered_seconds"))
             self._host.see(max(host["joules"] for host in hosts), joules, blind, time.monotonic())

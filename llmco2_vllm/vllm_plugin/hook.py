@@ -13,7 +13,7 @@ from operator import attrgetter
 from time import perf_counter, time
 from typing import Any
 
-from llmco2_vllm.core.ledgers import LedgerBook, RequestCharge
+from llmco2_vllm.core.ledgers import RequestCharge
 from llmco2_vllm.metering import Metering
 from llmco2_vllm.monitor import StepMonitor
 from llmco2_vllm.telemetry.ledger import KEY, SUMS_KEY, Origin, Provenance, encode, encode_sums
@@ -27,6 +27,7 @@ PERIOD_STEPS = 16
 MOST_UNDECIDED = 10_000
 _ABORTED = ("FINISHED_ABORTED", "FINISHED_ERROR")
 _request_id = attrgetter("request_id")
+_UNWRITTEN: dict[str, str] = {}
 
 
 class EngineHook:
@@ -43,8 +44,9 @@ class EngineHook:
         self.meter_now: Callable[[], tuple[str, str]] = lambda: origin.provenance[1:]
         self.started_seconds = time()
         self.hook_seconds = 0.0
-        # Requests whose ledger goes with their next output, and those with stop strings.
-        self._unsent: set[str] = set()
+        # Requests whose ledger goes with their next output, with its records where they are written already, and those
+        # with stop strings.
+        self._unsent: dict[str, dict[str, str]] = {}
         self._stopping: set[str] = set()
         self._sums_steps = 0
         self._strangers: set[str] = set()
@@ -63,7 +65,7 @@ class EngineHook:
         self._leaving: list[tuple[str, bool, dict[str, str]]] = []
         self._updating = False
         self._cursor = 0  # outputs that have come back
-        # The output at which it was last asked what is true of the meter and of the pace.
+        # How many had when it was last asked what is true of the meter and of the pace.
         self._followed, self._seconds_per_joule = -1, 0.0
 
     # -- schedule() -----------------------------------------------------------------------
@@ -90,7 +92,9 @@ class EngineHook:
         """What no step has to wait for: charges, and some of the meter's work."""
         begin = perf_counter()
         self._told = True
-        self._charge()
+        if self._priced is not None or (self._cursor + 1) % PERIOD_STEPS == 0:
+            self._follow()  # ledgers are due when its output is back
+            self._charge()
         if self.monitor.metering is not None:
             self.monitor.metering.tend()
         self.hook_seconds += perf_counter() - begin
@@ -101,17 +105,24 @@ class EngineHook:
         output, self._priced = self._priced, None
         self.monitor.charge()
         self.reader.charged(output)
+        alone = self.reader.charged_alone
+        for request_id in alone:
+            if request_id in self._unsent and request_id not in self._stopping:
+                self._unsent[request_id] = self._live(request_id)
         if self._stopping:
             # Charged by itself in this step, or left out of it: the sums do not say its figures.
-            self._unsent.update(self._stopping.intersection(self.reader.charged_alone))
-            self._unsent.update(self._stopping.difference(self.monitor.book.decoding))
+            self._resend(self._stopping.intersection(alone))
+            self._resend(self._stopping.difference(self.monitor.book.decoding))
+
+    def _resend(self, request_ids: Iterable[str]) -> None:
+        self._unsent.update(dict.fromkeys(request_ids, _UNWRITTEN))
 
     def _joined(self, request_id: str, request: Any) -> None:
         if request_id in self._strangers:
             return
-        self._unsent.add(request_id)
+        self._unsent[request_id] = _UNWRITTEN
         # The engine never learns of a stop string: the front end ends the request and aborts it here.
-        if getattr(getattr(request, "sampling_params", None), "stop", None):
+        if (sampling := request.sampling_params) is not None and sampling.stop:
             self._stopping.add(request_id)
 
     # -- update_from_output() -------------------------------------------------------------
@@ -162,37 +173,37 @@ class EngineHook:
     def _sums_record(self) -> str:
         sums = self.monitor.book.sums
         if sums.steps < self._sums_steps:
-            self._unsent.update(self._stopping)  # the sums were begun anew
+            self._resend(self._stopping)  # the sums were begun anew
         self._sums_steps = sums.steps
         return encode_sums(sums, self.origin.engine)
 
     def _attach_first(self, outputs: list[Any]) -> None:
         # Those of requests that are new in a step come last: most often it ends with the first few it looks at.
         due = map(self._unsent.__contains__, map(_request_id, reversed(outputs)))
-        book = self.monitor.book
         for output in list(islice(compress(reversed(outputs), due), len(self._unsent))):
-            self._unsent.discard(output.request_id)
-            self._send_running(output, book)
+            records = self._unsent.pop(output.request_id)
+            _add_headers(output, records or self._live(output.request_id))
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
         output = outputs[self._cursor // PERIOD_STEPS % len(outputs)]
         if KEY not in (output.trace_headers or ()) and output.request_id not in self._strangers:
-            self._send_running(output, self.monitor.book)
+            _add_headers(output, self._live(output.request_id))
 
-    def _send_running(self, output: Any, book: LedgerBook) -> None:
-        charge = book.open.get(output.request_id)
-        if charge is not None:
-            book.settle(charge)
-            stops = output.request_id in self._stopping
-            follows = stops and charge.entered is not None
-            # As long as nothing of it is settled, a ledger goes alone where its last one is sure to come.
-            alone = not stops and charge.account is not None and not charge.account.begun
-            _add_headers(
-                output, self._records(charge, final=False, context=charge.computed if follows else -1, alone=alone)
-            )
+    def _live(self, request_id: str) -> dict[str, str]:
+        """The records of a request under way; none of one that is not ours."""
+        book = self.monitor.book
+        charge = book.open.get(request_id)
+        if charge is None:
+            return {}
+        book.settle(charge)
+        stops = request_id in self._stopping
+        context = charge.computed if stops and charge.entered is not None else -1
+        # As long as nothing of it is settled, a ledger goes alone where its last one is sure to come.
+        alone = not stops and charge.account is not None and not charge.account.begun
+        return self._records(charge, False, context, alone)
 
     def _records(self, charge: RequestCharge, final: bool, context: int = -1, alone: bool = False) -> dict[str, str]:
-        if self._followed != self._cursor:
+        if self._cursor - self._followed > 1:
             self._follow()
         records = {KEY: encode(charge, self.origin, final, context, self._seconds_per_joule)}
         if not alone and (metered := self._metered(charge)) is not None:
@@ -224,7 +235,7 @@ class EngineHook:
         for request_id, aborted, headers in leaving:
             self.reader.forget(request_id)
             undecided = aborted and request_id in self._stopping
-            self._unsent.discard(request_id)
+            self._unsent.pop(request_id, None)
             self._stopping.discard(request_id)
             counted = self._counted.pop(request_id, None)
             stranger = request_id in self._strangers
@@ -259,9 +270,9 @@ class EngineHook:
         self._conclude(request_id, self._ended.pop(request_id), joules)
 
     def _conclude(self, request_id: str, charge: RequestCharge, joules: float) -> None:
-        self.monitor.conclude(charge, joules)
-        if self.monitor.metering is not None and joules > 0.0:
-            self._late[request_id] = charge, joules / charge.energy_joules
+        ratio = self.monitor.conclude(charge, joules)
+        if ratio > 0.0 and charge.account is not None:
+            self._late[request_id] = charge, ratio
 
     def preempted(self, request: Any) -> None:
         """The scheduler takes a running request's KV cache away; it will replay its tokens."""
@@ -323,9 +334,10 @@ class EngineHook:
         }
 
 
-def _add_headers(to: Any, records: dict[str, str]) -> None:
-    # A new dict: the request's own is shared with the tracing of the host.
-    to.trace_headers = {**to.trace_headers, **records} if to.trace_headers else records
+def _add_headers(to: Any, records: Mapping[str, str]) -> None:
+    if records:
+        # A new dict: the request's own is shared with the tracing of the host.
+        to.trace_headers = {**(to.trace_headers or {}), **records}
 
 
 def _encoder_inputs(output: Any) -> int:

@@ -18,7 +18,9 @@ from llmco2_vllm.monitor import StepMonitor
 
 def known_tokens(request: Any) -> int:
     """Tokens whose values were given when the step was scheduled: all but the one just sampled."""
-    return max(int(request.num_prompt_tokens), int(request.num_tokens) - 1)
+    prompt: int = request.num_prompt_tokens
+    but_one: int = request.num_tokens - 1
+    return prompt if prompt > but_one else but_one
 
 
 class StepReader:
@@ -101,11 +103,11 @@ class StepReader:
                 book.enter(request_id)
 
     def _slice(self, book: LedgerBook, request_id: str, tokens: int, request: Any) -> RequestSlice:
-        start = int(request.num_computed_tokens) - tokens
+        start = request.num_computed_tokens - tokens
         charge = book.open.get(request_id)
         if charge is None:
             self._preempted.discard(request_id)
-            charge = book.join(request_id, start, known_tokens(request), int(request.num_prompt_tokens))
+            charge = book.join(request_id, start, known_tokens(request), request.num_prompt_tokens)
             self._on_join(request_id, request)
         elif charge.computed != start or request_id in self._preempted:
             self._correct(request_id, charge, start, request)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from llmco2_vllm.meters import discover
 from llmco2_vllm.meters.base import DeviceLostError, MeterError, MeterUnavailableError, SkippedReadingError
 from llmco2_vllm.meters.discover import Discovery, Search, open_meter
+from llmco2_vllm.meters.sampler import Timing
 from llmco2_vllm.testing import FakeClock, FakeMeter
 from tests.meters.test_rapl import zone
 from tests.meters.virtual import Bench
@@ -85,11 +87,42 @@ def test_a_token_that_names_nothing_is_the_reason(shim_folder: Path) -> None:
     assert reason.startswith("nvml: device '7' names no GPU; there are: 0 GPU-")
 
 
-@pytest.mark.parametrize(("code", "word"), [(9, "(9)"), (999, "(999)")])
-def test_a_driver_that_does_not_start_is_the_reason(shim_folder: Path, code: int, word: str) -> None:
+def test_a_host_without_a_driver_is_the_reason(shim_folder: Path) -> None:
     script = 'found = open_meter("auto", None, Search(answer_seconds=60))\n' + REPORT
-    name, reason, sampling = in_child(shim_folder, script, shim.Settings(init_code=code))
-    assert name == "none" and not sampling and reason.startswith("NVML: ") and word in reason
+    name, reason, sampling = in_child(shim_folder, script, shim.Settings(init_code=9))
+    assert name == "none" and not sampling and reason.startswith("NVML: ") and "(9)" in reason
+
+
+def test_a_driver_that_fails_in_passing_is_asked_again_and_its_refusal_is_the_reason_till_then(
+    shim_folder: Path,
+) -> None:
+    script = """
+    found = open_meter("auto", None, Search(answer_seconds=60))
+    print(json.dumps([found.name, found.reason, found.now(), found.sampler.state()["alive"]]))
+    """
+    name, reason, now, alive = in_child(shim_folder, script, shim.Settings(init_code=999))
+    assert name == "nvml" and alive
+    assert reason.startswith("NVML: ") and "(999)" in reason and now == ["none", reason]
+
+
+def test_a_driver_that_failed_in_passing_is_metered_once_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = [SkippedReadingError("NVML: unknown error (999)")] * 3
+    clock = FakeClock()
+
+    def open_nvml(_: object) -> list[FakeMeter]:
+        if refusals:
+            raise refusals.pop()
+        return [FakeMeter(clock)]
+
+    monkeypatch.setattr(discover, "open_nvml", open_nvml)
+    search = Search(answer_seconds=60.0, timing=Timing(clock, clock.advance, lambda: 0.0))
+    found = open_meter("nvml", search=search)
+    assert found.sampler is not None
+    deadline = time.monotonic() + 60.0
+    while found.now() != ("nvml", "") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert found.now() == ("nvml", "") and not refusals
+    assert found.sampler.stop(10.0)
 
 
 def test_a_driver_that_does_not_answer_is_not_waited_for(shim_folder: Path) -> None:

@@ -131,4 +131,4 @@ def test_the_hosts_energy_is_all_there_however_late_it_is_asked_for() -> None:
     for i in range(50):
         queue.append(MeterWindow(0, float(i), i + 1.0, None if i % 5 == 0 else 10.0, 0.0))
     told = HostEnergy(queue, "rapl").state()
-    assert told == {"joules": 400.0, "unmetered_seconds": 10.0, "source": "rapl"}
+    assert told == {"joules": 400.0, "unmetered_seconds": 10.0, "source": "rapl", "reason": ""}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmco2_vllm.core.ledgers import RequestCharge
-from llmco2_vllm.core.settlement import Account, Journal, Settlement
+from llmco2_vllm.core.settlement import Account, Journal, Settled, Settlement
 from llmco2_vllm.core.steps import Mark
 from llmco2_vllm.telemetry.annotation import annotate
 from llmco2_vllm.telemetry.ledger import Ledger, Provenance, RequestLedger
@@ -24,14 +24,15 @@ from llmco2_vllm.telemetry.metered import (
 from tests.telemetry.books import accounting
 
 joules = st.floats(0, 1e6)
-records = st.builds(Metered, st.booleans(), *[st.floats()] * 9)
+records = st.builds(Metered, st.booleans(), st.builds(Settled, *[st.floats()] * 8), st.floats())
 LEDGER = Ledger(0, True, True, 10.0, 30.0, 30.0, 60.0, 0.5, 100, 50, 0, 0, 0, 50)
 WORLD = accounting()
 
 
 def record(share: float = 1.0, final: bool = True, estimated: float = 0.0) -> Metered:
     """Half as much again as predicted, of ``share`` of the request; of it ``estimated`` joules under no window."""
-    return Metered(final, 15.0 * share, 45.0 * share, 3.0 * share, 10.0 * share, 30.0 * share, 0.0, 0.0, estimated, 1.5)
+    settled = Settled(15.0 * share, 45.0 * share, 3.0 * share, 10.0 * share, 30.0 * share, 0.0, 0.0, estimated)
+    return Metered(final, settled, 1.5)
 
 
 def request(metered: Metered | None) -> RequestLedger:
@@ -135,9 +136,10 @@ def test_a_request_no_window_covers_is_a_prediction_and_claims_no_measurement() 
 
 @given(st.floats(1e-3, 1e6), st.floats(1e-3, 1e6))
 def test_rounding_in_sums_makes_no_coverage_and_takes_none(prefill: float, decode: float) -> None:
-    bare = Metered(True, prefill, decode, 0.0, prefill, decode, 0.0, 0.0, (prefill + decode) * (1 - 1e-9), 1.0)
+    settled = Settled(prefill, decode, 0.0, prefill, decode, 0.0, 0.0, (prefill + decode) * (1 - 1e-9))
+    bare = Metered(True, settled, 1.0)
     assert figure(LEDGER, bare).coverage_ratio == 0.0
-    assert figure(LEDGER, bare._replace(estimated_joules=1e-9)).coverage_ratio == 1.0
+    assert figure(LEDGER, Metered(True, settled._replace(estimated_joules=1e-9), 1.0)).coverage_ratio == 1.0
     whole = total_figure([(LEDGER, bare)] * 3)
     assert whole is not None and whole.coverage_ratio == 0.0
 
@@ -147,7 +149,7 @@ def test_a_charge_without_a_meter_has_no_record() -> None:
     charge = RequestCharge(0, 4, 4)
     assert metered_of(charge, settlement, 1.0) is None
     charge.account = Account()
-    assert metered_of(charge, settlement, 1.0) == Metered(False, *[0.0] * 8, 1.0)
+    assert metered_of(charge, settlement, 1.0) == Metered(False, Settled(*[0.0] * 8), 1.0)
 
 
 def test_what_ran_after_a_stop_string_is_not_told_to_the_client() -> None:
@@ -159,4 +161,4 @@ def test_what_ran_after_a_stop_string_is_not_told_to_the_client() -> None:
     account.leave(mark)
     whole, told = (metered_of(charge, settlement, 1.0, share) for share in (1.0, 0.75))
     assert whole is not None and told is not None
-    assert told.final and told[1:-1] == pytest.approx([0.75 * value for value in whole[1:-1]])
+    assert told.final and told.settled == pytest.approx([0.75 * value for value in whole.settled])

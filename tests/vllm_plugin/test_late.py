@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 
+from llmco2_vllm.core.settlement import Settled
 from llmco2_vllm.telemetry.ledger import RequestLedger
 from llmco2_vllm.telemetry.metered import Metered, encode_metered
 from llmco2_vllm.vllm_plugin import late
 from llmco2_vllm.vllm_plugin.late import LateResults
 
-OPEN = Metered(False, 1.0, 2.0, 0.1, 1.0, 2.0, 0.0, 0.0, 0.5, 1.0)
-FINAL = OPEN._replace(final=True, estimated_joules=0.0)
+SETTLED = Settled(1.0, 2.0, 0.1, 1.0, 2.0, 0.0, 0.0, 0.5)
+OPEN = Metered(False, SETTLED, 1.0)
+FINAL = Metered(True, SETTLED._replace(estimated_joules=0.0), 1.0)
 
 
 class Written(list[str]):

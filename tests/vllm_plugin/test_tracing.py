@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.stats import IterationStats
 
+from llmco2_vllm.core.settlement import Settled
 from llmco2_vllm.telemetry.metered import METERED_KEY, Metered, encode_metered
 from llmco2_vllm.vllm_plugin import output_path, tracing
 from llmco2_vllm.vllm_plugin.frontend import CarbonFrontEnd
@@ -62,7 +63,9 @@ def ours(attributes: dict[str, Any]) -> dict[str, Any]:
 
 def metered(joules: float, estimated: float = 0.0) -> Callable[[list[Any]], None]:
     """On their way, outputs get what a meter said: all of it settled, ``estimated`` of it under no window."""
-    record = encode_metered(Metered(True, 0.25 * joules, 0.75 * joules, 0.1, 1.0, 3.0, 0.0, 0.0, estimated, 1.0))
+    record = encode_metered(
+        Metered(True, Settled(0.25 * joules, 0.75 * joules, 0.1, 1.0, 3.0, 0.0, 0.0, estimated), 1.0)
+    )
 
     def add(outputs: list[Any]) -> None:
         for output in outputs:
