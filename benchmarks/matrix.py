@@ -37,6 +37,7 @@ FOLDER = ROOT / ".matrix"
 VERSIONS = ("0.19.1", "0.22.1", "0.28.0", "0.32.0")
 TESTS = {
     "scheduler": "tests/vllm_plugin/test_scheduler_hook.py",
+    "order": "tests/vllm_plugin/test_while_running.py",
     "front end": "tests/vllm_plugin/test_frontend_contract.py",
     "compat": "tests/vllm_plugin/test_compat.py",
 }
