@@ -56,24 +56,25 @@ class Deaf:
 class HostEnergy:
     """Energy of CPUs and memory beside the devices, by a meter of its own; every engine of a host sees the same.
 
-    fault: why it is not known at this moment, empty while it is.
+    joules: None until it was metered for the first time. fault: why it is not known at this moment, empty while it is.
     """
 
     def __init__(self, source: deque[MeterWindow], name: str, fault: Callable[[], str] = str) -> None:
         self.name, self._fault = name, fault
-        self.joules = self.unmetered_seconds = 0.0
+        self.joules: float | None = None
+        self.unmetered_seconds = 0.0
         self._source = source
 
     def state(self) -> dict[str, Any]:
-        """Cumulative since start; plain JSON values."""
+        """Cumulative since start; plain JSON values, without ``joules`` as long as they are not known."""
         while self._source:
             window = self._source.popleft()
             if window.energy_joules is None:
                 self.unmetered_seconds += window.duration_seconds
             else:
-                self.joules += window.energy_joules
-        figures = {"joules": self.joules, "unmetered_seconds": self.unmetered_seconds}
-        return {**figures, "source": self.name, "reason": self._fault()}
+                self.joules = (self.joules or 0.0) + window.energy_joules
+        known = {} if self.joules is None else {"joules": self.joules}
+        return {**known, "unmetered_seconds": self.unmetered_seconds, "source": self.name, "reason": self._fault()}
 
 
 class Metering:

@@ -661,7 +661,9 @@ def test_a_reset_forgets_ledgers_and_goes_on_counting_energy() -> None:
 
 def test_the_host_is_counted_apart_and_what_its_meter_does_not_know_is_not_zero() -> None:
     windows = deque([MeterWindow(0, 0.0, 1.0, 40.0), MeterWindow(0, 1.0, 3.0, None, 0.0, Doubt.LOST)])
-    faults = ["RAPL: no permission", ""]
+    faults = ["RAPL: no permission", "", "no answer yet"]
+    silent = HostEnergy(deque([MeterWindow(0, 0.0, 1.0, None)]), "rapl", faults.pop)
+    assert silent.state() == {"unmetered_seconds": 1.0, "source": "rapl", "reason": "no answer yet"}
     host = HostEnergy(windows, "rapl", faults.pop)
     assert host.state() == {"joules": 40.0, "unmetered_seconds": 2.0, "source": "rapl", "reason": ""}
     windows.append(MeterWindow(0, 3.0, 4.0, 2.0))

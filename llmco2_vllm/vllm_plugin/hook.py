@@ -61,8 +61,9 @@ class EngineHook:
         # The step that was priced last, until it is charged; whether the host told us that it runs.
         self._priced: Any = None
         self._told = False
-        # Requests that the scheduler let go of in this update: id, whether its client left, headers of its last output.
-        self._leaving: list[tuple[str, bool, dict[str, str]]] = []
+        # Requests that the scheduler let go of in this update: id, whether its client left, headers of its last output
+        # unless that has no ledger.
+        self._leaving: list[tuple[str, bool, dict[str, str] | None]] = []
         self._updating = False
         self._cursor = 0  # outputs that have come back
         # How many had when it was last asked what is true of the meter and of the pace.
@@ -114,15 +115,22 @@ class EngineHook:
             self._resend(self._stopping.intersection(alone))
             self._resend(self._stopping.difference(self.monitor.book.decoding))
 
+    def _charge_late(self) -> None:
+        """Where somebody waits for it, and nobody else takes its time."""
+        begin = perf_counter()
+        self._charge()
+        self.hook_seconds += perf_counter() - begin
+
     def _resend(self, request_ids: Iterable[str]) -> None:
         self._unsent.update(dict.fromkeys(request_ids, _UNWRITTEN))
 
     def _joined(self, request_id: str, request: Any) -> None:
-        if request_id in self._strangers:
-            return
+        sampling = request.sampling_params
+        if request_id in self._strangers or sampling is None:
+            return  # what is pooled has one output, its last
         self._unsent[request_id] = _UNWRITTEN
         # The engine never learns of a stop string: the front end ends the request and aborts it here.
-        if (sampling := request.sampling_params) is not None and sampling.stop:
+        if sampling.stop:
             self._stopping.add(request_id)
 
     # -- update_from_output() -------------------------------------------------------------
@@ -135,7 +143,8 @@ class EngineHook:
             if not self._told:
                 self.running()  # some hosts do not tell us, those that pool with batches in flight among them
             self._told = False
-            self._charge()
+            if self._priced is not None:
+                self._charge_late()
             self.monitor.end(output)
 
     def attach(self, outputs_by_client: Mapping[int, Any] | None) -> None:
@@ -181,7 +190,7 @@ class EngineHook:
         # Those of requests that are new in a step come last: most often it ends with the first few it looks at.
         due = map(self._unsent.__contains__, map(_request_id, reversed(outputs)))
         for output in list(islice(compress(reversed(outputs), due), len(self._unsent))):
-            records = self._unsent.pop(output.request_id)
+            records = self._unsent.pop(output.request_id, _UNWRITTEN)
             _add_headers(output, records or self._live(output.request_id))
 
     def _attach_periodic(self, outputs: list[Any]) -> None:
@@ -203,7 +212,7 @@ class EngineHook:
         return self._records(charge, False, context, alone)
 
     def _records(self, charge: RequestCharge, final: bool, context: int = -1, alone: bool = False) -> dict[str, str]:
-        if self._cursor - self._followed > 1:
+        if self._cursor - self._followed > 1 or not self._seconds_per_joule:
             self._follow()
         records = {KEY: encode(charge, self.origin, final, context, self._seconds_per_joule)}
         if not alone and (metered := self._metered(charge)) is not None:
@@ -221,10 +230,13 @@ class EngineHook:
     def freed(self, request: Any) -> None:
         """The scheduler lets go of a request: finished, aborted or failed."""
         begin = perf_counter()
-        # The host gives its last output these headers, which are filled when the outputs are made: all at once.
-        request.trace_headers = headers = dict(request.trace_headers or ())
+        request_id, headers = request.request_id, None
         aborted = request.status._name_ in _ABORTED  # .name is a property, and slower
-        self._leaving.append((request.request_id, aborted, headers))
+        undecided = aborted and request_id in self._stopping  # the front end ended it, or its client left
+        if request_id in self.monitor.book.open and request_id not in self._strangers and not undecided:
+            # The host gives its last output these headers, which are filled when the outputs are made: all at once.
+            request.trace_headers = headers = dict(request.trace_headers or ())
+        self._leaving.append((request_id, aborted, headers))
         if not self._updating:
             self._let_go()
         self.hook_seconds += perf_counter() - begin
@@ -238,7 +250,6 @@ class EngineHook:
             self._unsent.pop(request_id, None)
             self._stopping.discard(request_id)
             counted = self._counted.pop(request_id, None)
-            stranger = request_id in self._strangers
             self._strangers.discard(request_id)
             charge = self.monitor.finish(request_id)
             if charge is None:
@@ -249,7 +260,7 @@ class EngineHook:
                 self._ended[request_id] = charge
             else:
                 self._conclude(request_id, charge, 0.0 if aborted else charge.energy_joules)
-            if not stranger and not undecided:  # one that the front end ended has no further output
+            if headers is not None:
                 headers.update(self._records(charge, final=True))
         while len(self._ended) > MOST_UNDECIDED:
             self._decide(next(iter(self._ended)), 0.0)
@@ -276,7 +287,8 @@ class EngineHook:
 
     def preempted(self, request: Any) -> None:
         """The scheduler takes a running request's KV cache away; it will replay its tokens."""
-        self._charge()
+        if self._priced is not None:
+            self._charge_late()
         self.reader.preempted(request.request_id)
 
     def switch(self, on: bool, request_ids: Iterable[str]) -> None:
@@ -316,6 +328,7 @@ class EngineHook:
     def snapshot(self) -> dict[str, Any]:
         """Cumulative figures and identity, for the front end; plain JSON values."""
         metering = self.monitor.metering
+        self.guard.call("get_grammar_bitmask", self._charge_late)
         if metering is not None:
             self._tend(metering)
         self._follow()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from vllm.pooling_params import PoolingParams
 from vllm.v1.request import RequestStatus
 
 from llmco2_vllm.core.attribution import Attributor
@@ -17,6 +18,7 @@ from llmco2_vllm.monitor import EngineTotals, StepMonitor
 from llmco2_vllm.telemetry.ledger import KEY, Ledger, decode
 from llmco2_vllm.telemetry.metered import METERED_KEY, Metered, decode_metered
 from llmco2_vllm.testing import ConstantPredictor, FakeClock
+from llmco2_vllm.vllm_plugin import hook as hook_module
 from tests.vllm_plugin.harness import Engine, make_request
 
 MakeEngine = Callable[..., Engine]
@@ -193,3 +195,61 @@ def test_a_hook_that_is_switched_on_again_has_forgotten_who_was_leaving(make_eng
     engine.run()
     assert decode(engine.outputs[-1].trace_headers[KEY])[0].final
     assert hook.guard.active and not hook.monitor.book.open
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_requests_that_end_with_the_engines_first_step_know_how_long_they_held_it(
+    make_engine: MakeEngine, depth: int, pooling: bool
+) -> None:
+    engine = make_engine(depth=depth)
+    engine.tells = not pooling
+    for i in range(5):
+        request = make_request(f"r{i}", 20, max_tokens=1)
+        if pooling:
+            request.sampling_params, request.pooling_params = None, PoolingParams(task="embed")
+        engine.scheduler.add_request(request)
+    engine.run()
+    ledgers = [decode(output.trace_headers[KEY])[0] for output in engine.outputs]
+    assert len(ledgers) == 5 and all(ledger.final and ledger.held_seconds > 0.0 for ledger in ledgers)
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_all_charges_are_in_the_hooks_time_and_once(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    told = Told(make_engine(depth=2, blocks=24, max_num_seqs=12, max_num_batched_tokens=256), when, 0)
+    hook, clock, charged = told.engine.scheduler.llmco2_hook, FakeClock(0.0), []
+    monkeypatch.setattr(hook_module, "perf_counter", clock)
+    original = hook.reader.charged
+
+    def taking_a_second(output: Any) -> None:
+        clock.advance(1.0)
+        charged.append(output)
+        original(output)
+
+    hook.reader.charged = taking_a_second
+    told.serve()
+    assert hook.hook_seconds == len(charged) > 50
+
+
+def test_a_charge_that_fails_as_a_snapshot_is_taken_is_counted_and_ends_the_hook(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    hook = engine.scheduler.llmco2_hook
+    engine.scheduler.add_request(make_request("a", 20, max_tokens=3))
+    engine.scheduler.schedule()
+    hook.reader.charged = lambda _: 1 / 0
+    assert hook.snapshot()["failures"]["get_grammar_bitmask"] == 1
+    assert not hook.guard.active
+
+
+def test_outputs_of_requests_without_a_ledger_are_as_the_host_made_them(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    hook = engine.scheduler.llmco2_hook
+    engine.scheduler.add_request(make_request("a", 20, max_tokens=6))
+    engine.step()
+    hook.switch(False, [])
+    hook.switch(True, list(engine.scheduler.requests))
+    engine.run()
+    assert KEY in engine.outputs[0].trace_headers
+    assert len(engine.outputs) == 6 and all(output.trace_headers is None for output in engine.outputs[1:])
