@@ -6,7 +6,7 @@ One scheduler with the hook runs steady decode, steady decode with stop strings 
 front end must know the figures at each output), then mixed steps (8 prefills join and 8 requests leave
 each step). ``added`` is the time a step waits for our hooks in schedule() and update_from_output(), taken around each
 of them with a clock whose own cost is subtracted; ``scheduler`` is those two without them. ``meanwhile`` is what we do
-in get_grammar_bitmask(), while the devices run the step: GPUs, and workers in processes of their own, do not wait for it.
+in get_grammar_bitmask(), while the devices run the step: GPUs, and workers in other processes, do not wait for it.
 The hook is the product's: predictor, ledgers, outbox. With --device the steps are priced as that GPU's, by the
 network; without it as this host's, by the Roofline. With --metered a window of a simulated meter ends every 100 ms, is
 split over its steps and settled, as with a GPU's counter; the sampler's own thread is not part of the step.
