@@ -90,7 +90,7 @@ def test_every_number_is_written_as_the_library_does(values: list[float]) -> Non
 
 def test_the_powers_of_ten_and_their_neighbours_are_written_as_the_library_does() -> None:
     registry = Registry()
-    powers = [10.0**power for power in range(-8, 20)]
+    powers = [10.0**power for power in (-320, -101, -100, -99, -98, *range(-12, 20), 99, 100, 101)]
     values = [near for power in powers for near in (power, math.nextafter(power, 0), math.nextafter(power, math.inf))]
     for place, value in enumerate([*values, *(-value for value in values)]):
         registry.gauge.labels(str(place)).set(value)
@@ -127,6 +127,78 @@ def test_counts_that_grow_large_are_written_as_with_the_library_and_small_ones_a
     assert_as_the_library(registry)
 
 
+requests = st.tuples(
+    st.sampled_from(["histogram", "negative"]),
+    st.sampled_from(["a", "b", "% d.0"]),
+    st.integers(0, 3),
+    st.sampled_from([1, 8, 9, 10, 90, 99, 900, 99_999, 999_999]) | st.integers(0, 10**6),
+)
+
+
+@given(st.lists(st.lists(requests, max_size=8), max_size=12))
+def test_counts_that_get_wider_between_scrapes_are_written_as_with_the_library(
+    scrapes: list[list[tuple[str, str, int, int]]],
+) -> None:
+    registry = Registry()
+    for finished in scrapes:
+        for name, label, place, count in finished:
+            family = getattr(registry, name)
+            child = family.labels(label, "x") if family is registry.histogram else family.labels(label)
+            child._buckets[place].inc(count)
+            child._sum.inc(0.1 * count)
+        assert_as_the_library(registry)
+
+
+def test_counts_of_many_children_get_wider_at_once() -> None:
+    registry = Registry()
+    children = [registry.histogram.labels(str(place), "x") for place in range(50)]
+    children += [registry.negative.labels(str(place)) for place in range(50)]
+    for _ in range(12):
+        for place, child in enumerate(children):
+            child.observe(0.75)
+            child._buckets[place % 4].inc(3 ** (place % 12))
+        assert_as_the_library(registry)
+
+
+def test_a_count_that_falls_is_written_as_with_the_library_and_so_is_what_comes_after_it() -> None:
+    registry = Registry()
+    one, other = (registry.histogram.labels(name, "x") for name in "ab")
+    for child in (one, other, registry.negative.labels("a")):
+        child._buckets[0].inc(123)
+    assert_as_the_library(registry)
+    for count in (7, 1234, math.nan, 8):
+        one._buckets[0].set(count)
+        other.observe(0.1)
+        registry.negative.labels("a").observe(-2.0)
+        assert_as_the_library(registry)
+
+
+def test_histograms_that_two_registries_share_are_whole_in_both() -> None:
+    registry, other = Registry(), CollectorRegistry()
+    first = FAMILIES[Gauge]("first", "Help.", ("label",), registry=other)
+    for shared in (registry.histogram, registry.negative):
+        other.register(shared)
+    for count in range(12):
+        first.labels("a").inc()
+        registry.histogram.labels("a", "x").observe(0.1)
+        assert_as_the_library(other)
+        registry.negative.labels(str(count // 8)).observe(0.1)
+        assert_as_the_library(registry)
+        assert_as_the_library(other)
+
+
+def test_the_text_of_one_scrape_is_not_changed_by_the_next() -> None:
+    registry = Registry()
+    gauge, histogram = registry.gauge.labels("a"), registry.histogram.labels("a", "x")
+    held, expected = [], []
+    for count in range(12):
+        gauge.set(10.0**count)
+        histogram.observe(1.0)
+        held.append(scraped(registry))
+        expected.append(generate_latest(registry))
+    assert held == expected
+
+
 def test_a_label_that_comes_for_one_that_went_is_seen() -> None:
     registry = Registry()
     for name in ("a", "b"):
@@ -151,11 +223,23 @@ def test_a_family_is_written_anew_only_when_it_has_changed() -> None:
     registry.counter.labels("z", "a").inc()
     registry.gauge.labels("a").set(1.0)
     scraped(registry)
-    counter, gauge = registry.counter.lines().text, registry.gauge.lines().text
+    (counter,), (gauge,) = registry.counter.lines().parts, registry.gauge.lines().parts
     registry.gauge.labels("a").set(2.0)
     scraped(registry)
-    assert registry.counter.lines().text is counter
-    assert registry.gauge.lines().text != gauge
+    assert registry.counter.lines().parts[0] is counter
+    assert registry.gauge.lines().parts[0] != gauge
+
+
+def test_counts_are_changed_where_they_stand() -> None:
+    registry = Registry()
+    for _ in range(11):
+        registry.histogram.labels("a", "x").observe(0.1)
+    assert_as_the_library(registry)
+    block = registry.histogram.lines().parts[0]
+    for _ in range(88):
+        registry.histogram.labels("a", "x").observe(0.1)
+        assert_as_the_library(registry)
+        assert registry.histogram.lines().parts[0] is block
 
 
 def test_values_count_on_after_a_scrape_and_the_library_sees_them() -> None:
