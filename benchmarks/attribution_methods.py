@@ -191,6 +191,7 @@ class Weighing:
                 slices.append(book.open[name].slice(prefill or 1))
                 others.append(name)
         monitor.begin(self._keys[step], slices)
+        monitor.charge()
         for name in others:
             if book.open[name].computed >= book.open[name].known:
                 book.enter(name)
